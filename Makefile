@@ -1,0 +1,30 @@
+PYTHON ?= python3.11
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart install test test-slow lint clean
+
+quickstart: install  ## corpus, training and context report on this machine, in minutes
+	$(VENV)/bin/diptych quickstart
+
+test: install  ## lint, types, and the fast tests
+	$(MAKE) lint
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: install  ## the tests that take longer: whole runs, kills, resumes
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
