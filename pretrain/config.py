@@ -1,0 +1,458 @@
+"""The run's typed schema, and how a YAML file, its includes and KEY=VALUE overrides become one `RunConfig`.
+
+What a value *means* is said in the docstring under each field; `diptych config schema` prints the same text.
+Nothing here opens a corpus, starts a process or imports torch.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from pretrain.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
+"""A relative path is taken from the working directory of the command, once; the saved config holds it absolute."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class SourceConfig(_Section):
+    """One set of raw files to read documents from."""
+
+    path: str
+    """A file, a folder (read recursively) or a glob; relative to the working directory."""
+    format: Literal["auto", "text", "jsonl", "fasta"] = "auto"
+    """`auto` decides by the name: .txt, .jsonl, .fasta, .fa or .faa, each also with .gz."""
+    name: str | None = None
+    """What the corpus calls this source; by default the last part of the path."""
+    separator: str | None = None
+    """Text only: a regular expression; every line that it matches starts a new document. Without it, a file is one."""
+    text_field: str = "text"
+    """JSONL only: the field that holds the text."""
+    id_field: str = "id"
+    """JSONL only: the field that holds the document's id; the line number where it is absent."""
+
+
+class TokenizerConfig(_Section):
+    """The sentencepiece model that turns text into ids."""
+
+    kind: Literal["unigram", "bpe", "protein"] = "unigram"
+    """`protein` has one piece per residue (20 amino acids and B, Z, X, U, O) and is not trained on the data."""
+    vocab_size: Annotated[int, Field(ge=16, le=2**31)] = 4096
+    """Pieces, special symbols and byte pieces included. Ignored for proteins (30)."""
+    byte_fallback: bool = True
+    """Spell characters that have no piece as bytes, so that no text is unknown. Not for proteins."""
+    normalization: Literal["identity", "nfkc"] = "identity"
+    """Unicode normalisation before tokenization."""
+    sample_characters: Count = 50_000_000
+    """Train on at most this many characters of the training split, chosen by document hash; 2,500 per piece suffice."""
+    model: AbsolutePath | None = None
+    """An existing sentencepiece model to use instead of training one."""
+
+
+class SplitsConfig(_Section):
+    """Which share of the documents, by hash of their text, is held out."""
+
+    valid: Share = 0.05
+    """Share of documents in `valid`, watched during training."""
+    test: Share = 0.05
+    """Share of documents in `test`, read by the evaluation after training."""
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> "SplitsConfig":
+        if self.valid + self.test >= 1:
+            raise ValueError(f"valid + test = {self.valid + self.test:g} leaves nothing to train on")
+        return self
+
+
+class CorpusConfig(_Section):
+    """How `diptych data build` makes a corpus, and where it lies."""
+
+    path: AbsolutePath
+    """The corpus folder: tokenizer.model, manifest.json, and train/, valid/, test/ with WebDataset shards."""
+    sources: list[SourceConfig] = []
+    """Raw documents to build from. Empty: the corpus must exist already."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    splits: SplitsConfig = SplitsConfig()
+    shard_bytes: Annotated[int, Field(ge=2**16)] = 64 * 2**20
+    """Largest size of a shard, except that a single document is never cut."""
+    min_train_shards: Count = 64
+    """Cut the training split into at least this many shards, so that every stream has one of its own."""
+    on_bad: Literal["error", "skip"] = "error"
+    """A record that cannot be read (not UTF-8, an illegal residue, ...): stop and name it, or skip and count it."""
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Processes that encode; 0 means one per core. The result does not depend on it."""
+
+
+class DataConfig(_Section):
+    """How shards become rows."""
+
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Positions per row."""
+    streams: Count = 64
+    """Logical streams that the order of rows is cut into; the number of ranks must divide it."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Loader processes per rank; 0 loads in the training process. The order of rows does not depend on it."""
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the tokens (special symbols excluded) that are to be predicted."""
+    mask_token_share: Share = 0.8
+    """Of those, the share replaced by [MASK]."""
+    random_token_share: Share = 0.1
+    """Of those, the share replaced by a random piece; the rest stay as they are."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "DataConfig":
+        if self.mask_token_share + self.random_token_share > 1:
+            raise ValueError("mask_token_share + random_token_share is more than 1")
+        return self
+
+
+class ModelConfig(_Section):
+    """The encoder's shape. Its vocabulary comes from the corpus."""
+
+    hidden_size: Count = 128
+    """Width of the residual stream."""
+    num_layers: Count = 4
+    num_heads: Count = 2
+    """Logical heads; under dual-triangle attention each becomes two sub-heads of half its width."""
+    intermediate_size: Count | None = None
+    """Width inside the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 32."""
+    attention: Literal["dual_triangle", "bidirectional", "causal"] = "dual_triangle"
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    rotary_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    """Base of the rotary frequencies."""
+    max_positions: Count = 2048
+    """Learned positions only: how many there are. A longer row is refused."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output matrix too."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    init_std: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the initial weights, by default sqrt(2 / (5 x hidden_size)) (Nguyen and Salazar, arXiv
+    1910.05895); projections back into the residual stream are scaled down by sqrt(2 x num_layers)."""
+    kernel: Literal["auto", "sdpa", "dense"] = "auto"
+    """Attention kernel; `dense` is the slow reference."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a logical head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the SwiGLU."""
+        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
+
+    @property
+    def initial_std(self) -> float:
+        """Standard deviation of the initial weights."""
+        return self.init_std or (2 / (5 * self.hidden_size)) ** 0.5
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}")
+        rotated = self.head_dim // 2 if self.attention == "dual_triangle" else self.head_dim
+        if self.attention == "dual_triangle" and self.head_dim % 2:
+            raise ValueError(f"a head of width {self.head_dim} cannot be split into two sub-heads; make it even")
+        if self.positions == "rotary" and rotated % 2:
+            raise ValueError(
+                f"rotary positions rotate pairs, but a {'sub-head' if rotated != self.head_dim else 'head'} is "
+                f"{rotated} wide; choose hidden_size / num_heads a multiple of {4 if rotated != self.head_dim else 2}"
+            )
+        return self
+
+
+class OptimizerConfig(_Section):
+    """AdamW."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Applied to matrices only: not to norms, not to embeddings."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+
+class ScheduleConfig(_Section):
+    """Warm-up, stable, decay: the learning rate as a pure function of tokens seen."""
+
+    warmup: Share = 0.03
+    """Share of `training.tokens` during which the rate rises linearly from zero."""
+    decay: Share = 0.3
+    """Share of `training.tokens`, at the end, during which it falls linearly."""
+    final: Share = 0.02
+    """Fraction of the peak that it falls to."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleConfig":
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup + decay = {self.warmup + self.decay:g} is more than the whole run")
+        return self
+
+
+class TrainingConfig(_Section):
+    """How long, in what portions, in which precision, and how it is spread over ranks."""
+
+    tokens: Count = 3_500_000
+    """Stop after this many tokens (padding not counted)."""
+    batch_size: Count = 64
+    """Rows per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: Count = 32
+    """Largest number of rows that one rank puts through the model at once."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 where the processor multiplies bf16 matrices natively, fp32 elsewhere."""
+    sharding: Literal["none", "optimizer", "gradients", "full"] = "optimizer"
+    """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3."""
+    max_skipped_steps: Count = 5
+    """Stop with an error after this many steps in a row whose gradient norm was not finite."""
+    log_every: Count = 10
+    """Steps between two progress lines; metrics.jsonl gets every step regardless."""
+    validate_every: Count = 100
+    """Steps between two validations; there is always one at the end."""
+    validation_rows: Count = 512
+    """Rows of the validation split in each of them, with fixed masks (fewer if the split has fewer)."""
+
+
+class CheckpointConfig(_Section):
+    """When the run is saved, and what is kept."""
+
+    every: Count = 100
+    """Steps between two checkpoints; there is always one at the end and on a signal."""
+    keep_last: Count = 2
+    """Keep this many of the newest."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
+
+
+class EvaluationConfig(_Section):
+    """The context-extension report."""
+
+    lengths: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8]
+    """Context lengths, as multiples of `data.sequence_length`; 1 is always among them."""
+    windows: Count = 256
+    """Target windows to score; each is scored at every length."""
+    split: Literal["valid", "test"] = "test"
+    """Which documents they come from."""
+    tokens_per_batch: Count = 16_384
+    """Positions put through the model at once."""
+
+
+class RunConfig(_Section):
+    """A complete run: corpus, model, training, evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Names the run folder; by default the name of the config file."""
+    runs: AbsolutePath = Path("runs")
+    """Folder of run folders."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the initial weights, the order of rows and every mask."""
+    corpus: CorpusConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where everything that this run writes lies."""
+        return self.runs / self.name
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "RunConfig":
+        if self.model.positions == "learned" and self.data.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"data.sequence_length = {self.data.sequence_length} is beyond model.max_positions = "
+                f"{self.model.max_positions}; raise the latter or use rotary positions"
+            )
+        if self.corpus.sources and self.corpus.min_train_shards < self.data.streams:
+            raise ValueError(
+                f"data.streams = {self.data.streams} need a shard each, but corpus.min_train_shards = "
+                f"{self.corpus.min_train_shards}; lower the one or raise the other"
+            )
+        return self
+
+
+def check_topology(config: RunConfig, world_size: int) -> None:
+    """Refuse a number of ranks that the batch or the streams cannot be divided by.
+
+    Raises:
+        UserError: naming the two numbers and the choices that work.
+    """
+    works = [
+        n
+        for n in range(1, config.data.streams + 1)
+        if config.data.streams % n == 0 and config.training.batch_size % n == 0
+    ]
+    if world_size not in works:
+        raise UserError(
+            f"{world_size} ranks cannot share data.streams = {config.data.streams} and training.batch_size = "
+            f"{config.training.batch_size} evenly; use one of {', '.join(map(str, works))} ranks, or change these"
+        )
+
+
+# ----------------------------------------------------------------------------------------- files -> RunConfig
+
+
+def config_folder() -> Path:
+    """The folder of the configs that come with Diptych: inside the wheel, or `configs/` of a checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(name: str, beside: Path | None = None) -> Path:
+    """A config file by path (from the working directory or `beside`) or by its name among the packaged ones.
+
+    Raises:
+        UserError: if there is no such file; lists what there is.
+    """
+    folders = ([beside] if beside else []) + [Path.cwd(), config_folder(), config_folder().parent]
+    candidates = [folder / file for folder in folders for file in (name, f"{name}.yaml")]
+    for path in candidates:
+        if path.is_file():
+            return path.absolute()
+    packaged = sorted(str(p.relative_to(config_folder()).with_suffix("")) for p in config_folder().rglob("*.yaml"))
+    nearest = difflib.get_close_matches(name, packaged, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"no config {name!r}: neither a file nor one of {', '.join(packaged)}{hint}")
+
+
+def _merge_file(path: Path, including: tuple[Path, ...] = ()) -> DictConfig:
+    if path in including:
+        raise UserError(f"{path} includes itself, by way of {' -> '.join(p.name for p in (*including, path))}")
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: expected `key: value` lines at the top, found {type(content).__name__}")
+    includes = content.pop("include", [])
+    parts = [_merge_file(find_config(name, beside=path.parent), (*including, path)) for name in includes]
+    merged = OmegaConf.merge(*parts, content)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge includes, then the file, then `KEY=VALUE` overrides, and validate.
+
+    Raises:
+        UserError: naming each wrong path, its value, what is allowed and the nearest valid key.
+    """
+    path = find_config(name)
+    content = _merge_file(path)
+    content.setdefault("name", path.stem)
+    try:
+        for override in overrides:
+            key, separator, _ = override.partition("=")
+            if not separator:
+                raise UserError(f"{override!r} is not KEY=VALUE, for instance training.tokens=1000000")
+            OmegaConf.update(content, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key), force_add=True)
+        values = OmegaConf.to_container(content, resolve=True)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: {error}") from error
+    return validate(values, str(path))
+
+
+def validate(values: Any, origin: str) -> RunConfig:
+    """Check plain values against the schema; `origin` names them in the error."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise UserError(f"{origin} is not a valid run:\n{problems}") from None
+
+
+def _section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
+    """The schema class that the keys of `path` live in."""
+    section: Any = RunConfig
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        section = next((a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")), None)
+        if section is None:
+            return None
+    return section
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as an answer: path, value, what is allowed, the nearest valid key."""
+    path = ".".join(map(str, problem["loc"])) or "config"
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(problem["loc"][:-1])
+        keys = list(section.model_fields) if section else []
+        inside = problem["loc"][:-1]
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
+        elsewhere = [key for key, _ in _leaves(RunConfig) if key.split(".")[-1] == problem["loc"][-1]]
+        if nearest:
+            hint = f"did you mean {'.'.join(map(str, (*inside, nearest[0])))}? "
+        else:
+            hint = f"did you mean {elsewhere[0]}? " if elsewhere else ""
+        return f"{path}: unknown key (value {value!r}); {hint}Allowed here: {', '.join(keys)}"
+    if problem["type"] == "missing":
+        return f"{path}: required, but not given"
+    if problem["type"] == "literal_error":
+        allowed = problem["ctx"]["expected"]
+        nearest = difflib.get_close_matches(str(value), allowed.replace("'", "").replace(" or ", ", ").split(", "), n=1)
+        return f"{path}: {value!r} is not allowed; allowed: {allowed}" + (f"; nearest: {nearest[0]}" if nearest else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" + ("" if isinstance(value, dict | BaseModel) else f" (given: {value!r})")
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, which `load_config` reads back to the same config."""
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(config.model_dump_json())))
+
+
+def changes(saved: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (saved value, value now) for each leaf that differs."""
+    before, after = _flatten(saved.model_dump(mode="json")), _flatten(now.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    return {key: leaf for name, child in value.items() for key, leaf in _flatten(child, f"{prefix}{name}.").items()}
+
+
+FALSIFYING = ("seed", "model.", "data.sequence_length", "data.streams", "data.mask", "data.random_token_share")
+"""Keys (or beginnings of keys) that a resumed run may not change silently: it would be another run."""
+
+
+def falsifying(differences: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Those of the changed keys that would make the resumed run another run."""
+    return [key for key in differences if key.startswith(FALSIFYING) and key != "model.kernel"]

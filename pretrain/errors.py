@@ -1,0 +1,8 @@
+"""How Diptych ends: the exit codes, and the one exception that means "your input is wrong"."""
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_RESUME_ME = 0, 1, 2, 75
+"""75 is EX_TEMPFAIL of sysexits.h: the same command again resumes."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong; the message says what was given, what was expected and what to do next."""

@@ -1,0 +1,60 @@
+"""status.json of a run folder: how the run is doing, written by rank 0 and read by whoever watches it."""
+
+import os
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+STATUS = "status.json"
+LIVE_STATES = frozenset({"starting", "training", "validating", "saving"})
+
+
+class Status(BaseModel):
+    """Replaced every few steps. A key that this version does not know is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    state: str = "starting"
+    """One of LIVE_STATES, or done, interrupted or failed."""
+    step: int = 0
+    tokens: int = 0
+    total_tokens: int = 0
+    loss: float | None = None
+    masked_accuracy: float | None = None
+    """Share of the masked tokens, 0 to 1."""
+    learning_rate: float | None = None
+    tokens_per_s: float | None = None
+    flops_per_s: float | None = None
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
+    seconds_left: float | None = None
+    validation_loss: float | None = None
+    validation_step: int | None = None
+    checkpoint: str | None = None
+    ranks: int | None = None
+    precision: str | None = None
+    heartbeat: float
+    """Unix time in seconds."""
+    message: str | None = None
+    events: list[str] = []
+    """What happened during this attempt, oldest first."""
+
+    def write(self, run_folder: Path) -> None:
+        """Replace status.json in one step; not flushed to the disk, since it is of no use after a crash."""
+        temporary = run_folder / f".status.{os.getpid()}.tmp"
+        temporary.write_text(self.model_dump_json(indent=1))
+        temporary.replace(run_folder / STATUS)
+
+    def beat(self, run_folder: Path) -> None:
+        """Write it as of now."""
+        self.heartbeat = time.time()
+        self.write(run_folder)
+
+
+def read_status(run_folder: Path) -> Status | None:
+    """The status of a run; None where there is none, or none that can be read."""
+    try:
+        return Status.model_validate_json((run_folder / STATUS).read_bytes())
+    except (OSError, ValidationError):
+        return None
