@@ -1,0 +1,1 @@
+"""Documents -> tokens -> shards -> the resumable stream of rows -> batches."""

@@ -1,0 +1,388 @@
+"""The build: raw files -> tokenizer -> splits -> shards -> manifest; and what can be said about a finished corpus.
+
+A build that is killed at any moment leaves no manifest; run again, it continues and makes the same bytes. Its private
+notes lie in `.build/` inside the corpus until the manifest is written.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.config import CorpusConfig
+from pretrain.data.build_plan import Report, Scan, all_documents, plan_groups, sampled_characters, scan
+from pretrain.data.manifest import (
+    MANIFEST,
+    SPLITS,
+    TOKEN_COUNTS,
+    TOKENIZER,
+    Manifest,
+    Split,
+    SplitEntry,
+    SplitRule,
+    TokenizerEntry,
+    load_manifest,
+    save_manifest,
+)
+from pretrain.data.readers import InputFile, find_inputs
+from pretrain.data.shard_builder import (
+    RAW_FILES_CHANGED,
+    Group,
+    GroupRecord,
+    Workplace,
+    build_groups,
+    deal_to_groups,
+)
+from pretrain.data.shards import Shard, verify_shard
+from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_characters
+from pretrain.errors import UserError
+from pretrain.files import atomic_path, sha256_of, write_json
+
+_BUILD = ".build"
+_OWN_SHARD = re.compile(r"shard-\d{6}(-\d+)?(\.tar|\.index\.npy)")
+
+Inputs = Sequence[Sequence[InputFile]]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def build_corpus(config: CorpusConfig, report: Report = silent) -> Manifest:
+    """Make the corpus at `config.path`, continue a build that was killed, or return the finished one.
+
+    Args:
+        config: what to build; the result does not depend on `processes`.
+        report: called with a stage (reading, tokenizer, encoding, already built; "(continuing)" is added to one that
+            an earlier build began), characters done, and characters in all (0 while not known).
+
+    Raises:
+        UserError: wrong sources, a bad record, a corpus too small for its splits, streams or vocabulary, a finished
+            corpus of other sources or settings in the same place, another build at work there, or a full disk.
+    """
+    if not config.sources:
+        raise UserError(
+            f"corpus.sources is empty, so there is nothing to build {config.path} from; name raw files there, for "
+            "instance corpus.sources=[{path: data/*.txt.gz}]"
+        )
+    inputs = [find_inputs(source) for source in config.sources]
+    key = build_key(config, inputs)
+    if finished := _already_built(config, key, report):
+        return finished
+    try:
+        with _exclusive(config.path):
+            return _already_built(config, key, report) or _build(config, inputs, key, report)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left for {config.path} ({error.strerror}); the shards that are finished are kept. Free space "
+            "and run the same command again: it continues"
+        ) from error
+
+
+def build_key(config: CorpusConfig, inputs: Inputs) -> str:
+    """sha256 over every setting that the bytes depend on and the names and sizes of the raw files.
+
+    Folders are not in it, so a corpus stays the same when it, or its raw files, move.
+    """
+    settings = config.model_dump(mode="json", exclude={"path", "processes", "sources"})
+    settings["sources"] = [source.model_dump(mode="json", exclude={"path"}) for source in config.sources]
+    settings["files"] = [[(file.label, file.path.stat().st_size) for file in files] for files in inputs]
+    model = config.tokenizer.model
+    settings["tokenizer"]["model"] = _model_digest(model) if model else None
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _model_digest(model: Path) -> str:
+    if not model.is_file():
+        raise UserError(f"corpus.tokenizer.model = {model} is no file; name a sentencepiece model or leave it out")
+    return sha256_of(model)
+
+
+def _already_built(config: CorpusConfig, key: str, report: Report) -> Manifest | None:
+    if not (config.path / MANIFEST).is_file():
+        return None
+    manifest = load_manifest(config.path)
+    if manifest.build_key != key:
+        raise UserError(
+            f"{config.path} is a finished corpus of other sources or settings (corpus.*, or names and sizes of the raw "
+            "files); set another corpus.path, or delete the folder to build it anew"
+        )
+    shutil.rmtree(config.path / _BUILD, ignore_errors=True)
+    total = sum(split.characters for split in manifest.splits.values())
+    report("already built", total, total)
+    return manifest
+
+
+@contextmanager
+def _exclusive(corpus: Path) -> Iterator[None]:
+    """Keep a second build out of the folder; the lock goes with the process, however it ends."""
+    if not (corpus / _BUILD).is_dir():
+        _refuse_foreign_shards(corpus)
+    (corpus / _BUILD).mkdir(parents=True, exist_ok=True)
+    with (corpus / _BUILD / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is building {corpus}; wait for it, or set another corpus.path") from error
+        except OSError:
+            pass  # Some cluster file systems have no locks; two builds there do double work and write the same bytes.
+        yield
+
+
+def _refuse_foreign_shards(corpus: Path) -> None:
+    for split in SPLITS:
+        for tar in sorted((corpus / split).glob("*.tar")):
+            if not tar.with_name(tar.stem + ".index.npy").is_file():
+                raise UserError(
+                    f"{tar} was not made by a build, and a build would write beside it; set another corpus.path, or "
+                    "delete the folder if it is not needed"
+                )
+
+
+# ------------------------------------------------------------------------------------------------------- the build
+
+
+def _build(config: CorpusConfig, inputs: Inputs, key: str, report: Report) -> Manifest:
+    state = _state_digest(inputs, key)
+    records, continuing = _open_records(config.path, state)
+    found = scan(config, inputs, report)
+    tokenizer = _finish_tokenizer(config, inputs, found, records, report)
+    place = Workplace(config.path, records, sha256_of(config.path / TOKENIZER), config.shard_bytes)
+    # A token of trained text is rarely shorter than two bytes; a residue is one token of one byte.
+    per_byte = 1.0 if config.tokenizer.kind == "protein" else np.dtype(tokenizer.token_dtype).itemsize / 2
+    groups = plan_groups(found, config, per_byte)
+    results = _encode(config, inputs, found, groups, place, report, " (continuing)" if continuing else "")
+    manifest = _describe_build(config, found, tokenizer, place, results, key)
+    if _state_digest(inputs, key) != state:
+        raise UserError(RAW_FILES_CHANGED)
+    _remove_leftovers(config.path, manifest)
+    sealed = save_manifest(config.path, manifest)
+    shutil.rmtree(config.path / _BUILD, ignore_errors=True)
+    return sealed
+
+
+def _state_digest(inputs: Inputs, key: str) -> str:
+    """Besides the key, what finished shards depend on: when the raw files were written, and who encodes."""
+    state = {
+        "build_key": key,
+        "modified_ns": [[file.path.stat().st_mtime_ns for file in files] for files in inputs],
+        "versions": [version("sentencepiece"), version("numpy"), version("webdataset")],
+    }
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _open_records(corpus: Path, state: str) -> tuple[Path, bool]:
+    """The folder of what is finished, and whether anything is; records of another state are dropped."""
+    records = corpus / _BUILD / state[:16]
+    for other in (corpus / _BUILD).iterdir():
+        if other.is_dir() and other != records:
+            shutil.rmtree(other)
+    records.mkdir(exist_ok=True)
+    for folder in (corpus, records, *(corpus / split for split in SPLITS)):
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()
+    return records, any(records.iterdir())
+
+
+def _finish_tokenizer(config: CorpusConfig, inputs: Inputs, found: Scan, records: Path, report: Report) -> Tokenizer:
+    path, note = config.path / TOKENIZER, records / "tokenizer.json"
+    if note.is_file() and path.is_file() and json.loads(note.read_text())["sha256"] == sha256_of(path):
+        report("tokenizer (continuing)", 1, 1)
+        return Tokenizer(path)
+    if config.tokenizer.model:
+        Tokenizer(config.tokenizer.model)
+        with atomic_path(path) as temporary:
+            shutil.copyfile(config.tokenizer.model, temporary)
+    else:
+        wanted = {}
+        if config.tokenizer.kind != "protein":
+            wanted = sampled_characters(found, training_characters(config.tokenizer))
+        total = sum(wanted.values())
+        report("tokenizer", 0, total)
+        numbered = enumerate(all_documents(config, inputs)) if wanted else ()
+        train_tokenizer(
+            (document.text[: wanted[number]] for number, document in numbered if number in wanted),
+            config.tokenizer,
+            path,
+        )
+        report("tokenizer", total, total)
+    write_json(note, {"sha256": sha256_of(path)})
+    return Tokenizer(path)
+
+
+def _encode(
+    config: CorpusConfig,
+    inputs: Inputs,
+    found: Scan,
+    groups: dict[Split, list[int]],
+    place: Workplace,
+    report: Report,
+    suffix: str,
+) -> dict[Group, GroupRecord]:
+    everything = [Group(split, number) for split in SPLITS for number in range(len(groups[split]))]
+    results = {group: record for group in everything if (record := _finished_record(place, group))}
+    characters, stage = sum(record.characters for record in results.values()), f"encoding{suffix}"
+
+    def finished(group: Group, record: GroupRecord) -> None:
+        nonlocal characters
+        results[group] = record
+        characters += record.characters
+        report(stage, characters, found.total_characters)
+
+    report(stage, characters, found.total_characters)
+    missing = {group for group in everything if group not in results}
+    if missing:
+        processes = min(config.processes or os.cpu_count() or 1, len(missing))
+        tasks = deal_to_groups(all_documents(config, inputs), found, groups, missing)
+        build_groups(place, tasks, processes, finished)
+    return {group: results[group] for group in everything}
+
+
+def _finished_record(place: Workplace, group: Group) -> GroupRecord | None:
+    path = group.record_path(place.records)
+    if not path.is_file():
+        return None
+    record = GroupRecord.model_validate_json(path.read_bytes())
+    return None if any(verify_shard(place.corpus, entry) for entry in record.shards) else record
+
+
+def _describe_build(
+    config: CorpusConfig,
+    found: Scan,
+    tokenizer: Tokenizer,
+    place: Workplace,
+    results: dict[Group, GroupRecord],
+    key: str,
+) -> Manifest:
+    """The manifest, after writing the token counts that it refers to."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    splits = {}
+    for index, split in enumerate(SPLITS):
+        of_split = [record for group, record in results.items() if group.split == split]
+        shards = [shard for record in of_split for shard in record.shards]
+        histogram = sum((Counter(record.length_histogram) for record in of_split), Counter[int]())
+        splits[split] = SplitEntry(
+            documents=found.count(split),
+            characters=int(found.characters[found.splits == index].sum()),
+            tokens=sum(shard.tokens for shard in shards),
+            length_histogram=dict(sorted(histogram.items())),
+            shards=shards,
+        )
+        if split == "train":
+            counts += np.sum([record.token_counts for record in of_split], axis=0, dtype=np.int64)
+    with atomic_path(place.corpus / TOKEN_COUNTS) as temporary, temporary.open("wb") as file:
+        np.save(file, counts)
+    return Manifest(
+        tokenizer=TokenizerEntry(
+            sha256=place.tokenizer_sha256,
+            kind="existing" if config.tokenizer.model else config.tokenizer.kind,
+            vocab_size=tokenizer.vocab_size,
+        ),
+        token_dtype=tokenizer.token_dtype,
+        token_counts_sha256=sha256_of(place.corpus / TOKEN_COUNTS),
+        split_rule=SplitRule(valid=config.splits.valid, test=config.splits.test),
+        sources=found.sources,
+        splits=splits,
+        build_key=key,
+    )
+
+
+def _remove_leftovers(corpus: Path, manifest: Manifest) -> None:
+    """Delete shards that an earlier, unfinished build of other settings made."""
+    kept = _files_of(manifest)
+    for split in SPLITS:
+        for path in (corpus / split).glob("shard-*"):
+            if _OWN_SHARD.fullmatch(path.name) and f"{split}/{path.name}" not in kept:
+                path.unlink()
+
+
+def _files_of(manifest: Manifest) -> set[str]:
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    return {path for shard in shards for path in (shard.path, shard.index_path)}
+
+
+# --------------------------------------------------------------------------------------------- a finished corpus
+
+
+def verify_corpus(path: Path, processes: int = 0) -> list[str]:
+    """Compare every byte of a corpus with its manifest.
+
+    Args:
+        path: the corpus folder.
+        processes: files read at the same time; 0 means one per core.
+
+    Returns:
+        What is wrong, one line each; empty if all is well.
+    """
+    try:
+        manifest = load_manifest(path)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    counts = path / TOKEN_COUNTS
+    if not counts.is_file():
+        problems.append(f"{counts} is missing")
+    elif sha256_of(counts) != manifest.token_counts_sha256:
+        problems.append(f"{counts} is damaged: its sha256 is not the manifest's")
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
+        problems += [problem for problem in pool.map(lambda shard: verify_shard(path, shard), shards) if problem]
+    kept = _files_of(manifest)
+    found = sorted(file for split in SPLITS for file in (path / split).glob("*") if file.is_file())
+    return problems + [f"{f} is not in the manifest" for f in found if f"{f.parent.name}/{f.name}" not in kept]
+
+
+@dataclass(frozen=True)
+class CorpusDescription:
+    """What `diptych data show` prints."""
+
+    path: Path
+    manifest: Manifest
+    """Sources, splits, length histograms, vocabulary size and fingerprint."""
+    characters_per_token: float
+    """Over all splits."""
+    unigram_entropy: float
+    """Of the training split's token frequencies, in nats: the loss of a model that knows nothing but these."""
+    examples: list[str]
+    """How a few training documents begin, decoded."""
+
+
+def describe_corpus(path: Path, examples: int = 3, characters: int = 200) -> CorpusDescription:
+    """Read a corpus's manifest, its token counts and the beginnings of some training documents.
+
+    Raises:
+        UserError: there is no finished corpus, or a file of it is damaged.
+    """
+    manifest = load_manifest(path)
+    if not (path / TOKEN_COUNTS).is_file():
+        raise UserError(f"{path / TOKEN_COUNTS} is missing; restore it, or build the corpus again")
+    counts = np.load(path / TOKEN_COUNTS, allow_pickle=False)
+    frequencies = counts[counts > 0] / counts.sum()
+    tokenizer = Tokenizer(path / TOKENIZER)
+    shown = []
+    for entry in manifest.splits["train"].shards[:examples]:
+        shard = Shard(path, entry, manifest.token_dtype)
+        ids = shard.tokens(0, 0, min(characters, int(shard.lengths[0])))
+        shown.append(tokenizer.decode(ids)[:characters])
+    splits = manifest.splits.values()
+    return CorpusDescription(
+        path=path,
+        manifest=manifest,
+        characters_per_token=sum(s.characters for s in splits) / max(1, sum(s.tokens for s in splits)),
+        unigram_entropy=float(-(frequencies * np.log(frequencies)).sum()),
+        examples=shown,
+    )

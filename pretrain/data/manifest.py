@@ -1,0 +1,141 @@
+"""What a corpus is: its tokenizer, splits, shards, counts and digests, in one `manifest.json`.
+
+The manifest is written last, so a folder with a manifest is a finished corpus. Its fingerprint covers everything
+else in it, and therefore every byte of every shard; a checkpoint remembers it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pretrain.errors import UserError
+from pretrain.files import sha256_of, write_json
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+TOKEN_COUNTS = "token_counts.npy"
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Entry):
+    """One WebDataset tar and the index beside it."""
+
+    path: str
+    """Relative to the corpus folder, for instance train/shard-000000.tar."""
+    bytes: int
+    sha256: Digest
+    index_sha256: Digest
+    """Of the index file, int64 [samples, 2]: byte offset of the first token in the tar, number of tokens."""
+    samples: int
+    tokens: int
+
+    @property
+    def index_path(self) -> str:
+        """Relative path of the index file."""
+        return self.path.removesuffix(".tar") + ".index.npy"
+
+
+class SplitEntry(_Entry):
+    """One of train, valid, test."""
+
+    documents: int
+    characters: int
+    tokens: int
+    length_histogram: dict[int, int]
+    """Upper bound of tokens per document (a power of two) -> number of documents above half of it, up to it."""
+    shards: list[ShardEntry]
+
+
+class SourceEntry(_Entry):
+    """What came from one source."""
+
+    name: str
+    files: int
+    documents: int
+    characters: int
+    skipped: dict[str, int]
+    """Reason -> number of records left out under `on_bad: skip`."""
+
+
+class TokenizerEntry(_Entry):
+    """The tokenizer that every id of the corpus refers to."""
+
+    sha256: Digest
+    kind: str
+    vocab_size: int
+
+
+class SplitRule(_Entry):
+    """A document's split is a pure function of its text."""
+
+    hash: str = "blake2b-64 of the normalised text"
+    valid: float
+    test: float
+
+
+class Manifest(_Entry):
+    """A finished corpus."""
+
+    format: Literal[1] = 1
+    tokenizer: TokenizerEntry
+    token_dtype: Literal["uint8", "uint16", "uint32"]
+    token_counts_sha256: Digest
+    """Of token_counts.npy, int64 [vocab_size]: how often each id occurs in the training split."""
+    split_rule: SplitRule
+    sources: list[SourceEntry]
+    splits: dict[Split, SplitEntry]
+    build_key: Digest | None = None
+    """Of the settings and the names and sizes of the raw files that the corpus was built from."""
+    fingerprint: str = ""
+
+    def computed_fingerprint(self) -> str:
+        """sha256 over everything else in the manifest, as canonical JSON."""
+        content = self.model_dump(mode="json", exclude={"fingerprint"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_manifest(corpus: Path, manifest: Manifest) -> Manifest:
+    """Seal the manifest with its fingerprint and write it atomically; the corpus is finished with this."""
+    sealed = manifest.model_copy(update={"fingerprint": manifest.computed_fingerprint()})
+    write_json(corpus / MANIFEST, sealed.model_dump(mode="json"))
+    return sealed
+
+
+def load_manifest(corpus: Path) -> Manifest:
+    """Read `corpus/manifest.json` and check that its fingerprint and the tokenizer beside it belong to it.
+
+    Raises:
+        UserError: there is no corpus, the manifest was edited, or the tokenizer is another one.
+    """
+    path = corpus / MANIFEST
+    if not path.is_file():
+        state = "its build was not finished" if corpus.is_dir() else "there is no such folder"
+        raise UserError(
+            f"no corpus at {corpus} ({state}); build it with `diptych data build CONFIG`, or set corpus.path"
+        )
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise UserError(f"{path} is not a corpus manifest of this version: {error}") from error
+    if manifest.fingerprint != manifest.computed_fingerprint():
+        raise UserError(f"{path} was changed after it was written: its fingerprint does not match; build it again")
+    tokenizer = corpus / TOKENIZER
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer} is missing; restore it, or build the corpus again")
+    found = sha256_of(tokenizer)
+    if found != manifest.tokenizer.sha256:
+        raise UserError(
+            f"{tokenizer} does not belong to this corpus: its sha256 is {found[:12]}..., the corpus was encoded with "
+            f"{manifest.tokenizer.sha256[:12]}...; restore the original, or build the corpus again"
+        )
+    return manifest

@@ -1,0 +1,304 @@
+"""Raw files -> `Document`: plain text, JSON lines and FASTA, each also gzipped, streamed one document at a time.
+
+What a record is, which ones are bad and how they are named in an error is decided here; tokens and shards are not.
+"""
+
+import codecs
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Literal, cast
+
+from pretrain.config import SourceConfig
+from pretrain.data.tokenizer import RESIDUES
+from pretrain.errors import UserError
+
+Format = Literal["text", "jsonl", "fasta"]
+SUFFIXES: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta"}
+_SKIP_HINT = "(--on-bad skip / corpus.on_bad=skip leaves such records out and counts them)"
+_ILLEGAL_RESIDUE = re.compile(f"[^{RESIDUES}]")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as it was read."""
+
+    id: str
+    """Says where it came from: the record's own id, or file name and line."""
+    text: str
+    source: str
+    """Name of the source."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One raw file of a source."""
+
+    path: Path
+    label: str
+    """Its name in document ids: relative to the source's folder, so that it does not depend on where that lies."""
+    format: Format
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that cannot be read."""
+
+    reason: str
+    """A few words, the same for all records with this defect: what skipped records are counted by."""
+    message: str
+    """File, place and defect, for the error."""
+
+
+_Record = tuple[str, str] | BadRecord
+"""Id and text, or why there is none."""
+_Line = tuple[int, int, bytes]
+"""Number from 1, byte offset in the (unpacked) file, bytes with the line break."""
+
+
+def source_name(source: SourceConfig) -> str:
+    """What the corpus calls the source."""
+    return source.name or Path(source.path).name
+
+
+def find_inputs(source: SourceConfig) -> list[InputFile]:
+    """The files of a source, sorted by path.
+
+    Raises:
+        UserError: nothing matches the path, or the format cannot be told from a file's name.
+    """
+    place = Path(source.path).expanduser()
+    if place.is_dir():
+        visible = (p for p in place.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(place)))
+        paths = [p for p in visible if _accepts(source, p)]
+        root = place
+    else:
+        paths = [place] if place.is_file() else [Path(p) for p in glob.glob(str(place), recursive=True)]  # noqa: PTH207
+        paths = [p for p in paths if p.is_file()]
+        root = _fixed_part(place)
+    if not paths:
+        accepted = ", ".join(s for s, f in SUFFIXES.items() if source.format in ("auto", f))
+        inside = f"a folder without {accepted} files (or .gz of them)" if place.is_dir() else "nothing there"
+        raise UserError(
+            f"source {source.path!r} matches no file: looked at {place.absolute()} and found {inside}; "
+            "set corpus.sources[].path to a file, a folder or a glob (relative to the working directory)"
+        )
+    return [InputFile(p, p.relative_to(root).as_posix(), _format_of(source, p)) for p in sorted(paths)]
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder that a file or glob lies in: everything before the first part with a wildcard."""
+    if pattern.is_file():
+        return pattern.parent
+    parts = pattern.parts
+    wild = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:wild])
+
+
+def _known_format(path: Path) -> Format | None:
+    return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _accepts(source: SourceConfig, path: Path) -> bool:
+    known = _known_format(path)
+    return known is not None and source.format in ("auto", known)
+
+
+def _format_of(source: SourceConfig, path: Path) -> Format:
+    if source.format != "auto":
+        return source.format
+    known = _known_format(path)
+    if known is None:
+        raise UserError(
+            f"cannot tell the format of {path} from its name (known: {', '.join(SUFFIXES)}, each also with .gz); "
+            "set corpus.sources[].format to text, jsonl or fasta, or narrow corpus.sources[].path"
+        )
+    return known
+
+
+def read_documents(
+    source: SourceConfig,
+    inputs: Iterable[InputFile],
+    on_bad: Literal["error", "skip"],
+    skipped: Counter[str],
+    residues_only: bool = False,
+) -> Iterator[Document]:
+    """All documents of a source, in order; only one is in memory at a time. Blank ones are left out.
+
+    Args:
+        source: says how records are cut.
+        inputs: its files, from `find_inputs`.
+        on_bad: stop at a record that cannot be read, or count it in `skipped` and go on.
+        skipped: reason -> records; added to.
+        residues_only: every text is a protein sequence, whatever the file's format.
+
+    Raises:
+        UserError: naming the file, the place in it and the defect.
+    """
+    name = source_name(source)
+    for file in inputs:
+        for record in _records(file, source):
+            if not isinstance(record, BadRecord) and residues_only and file.format != "fasta" and record[1].strip():
+                record = _protein(file.path, *record)
+            if isinstance(record, BadRecord):
+                if on_bad == "error":
+                    raise UserError(f"{record.message} {_SKIP_HINT}")
+                skipped[record.reason] += 1
+            elif record[1].strip():
+                yield Document(*record, source=name)
+
+
+def _records(file: InputFile, source: SourceConfig) -> Iterator[_Record]:
+    try:
+        opener = gzip.open if file.path.name.endswith(".gz") else Path.open
+        with cast(BufferedReader, opener(file.path, "rb")) as stream:
+            if not stream.peek(1):
+                yield BadRecord("empty file", f"{file.path} is empty.")
+            elif file.format == "text":
+                yield from _text_records(file, stream, source.separator)
+            elif file.format == "jsonl":
+                yield from _json_records(file, stream, source)
+            else:
+                yield from _fasta_records(file, stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield BadRecord("damaged gzip", f"{file.path} is truncated or damaged, or is no gzip file: {error}.")
+    except OSError as error:
+        raise UserError(f"{file.path} cannot be read: {error.strerror or error}") from error
+
+
+def _lines(stream: BufferedReader) -> Iterator[_Line]:
+    offset = 0
+    for number, line in enumerate(stream, start=1):
+        yield number, offset, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        offset += len(line)
+
+
+def _decode(file: InputFile, offset: int, raw: bytes) -> str | BadRecord:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(
+            "not UTF-8",
+            f"{file.path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {offset + error.start:,}.",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def _text_records(file: InputFile, stream: BufferedReader, separator: str | None) -> Iterator[_Record]:
+    if separator is None:
+        text = _decode(file, 0, stream.read())
+        yield text if isinstance(text, BadRecord) else (file.label, text.removeprefix("\ufeff"))
+        return
+    try:
+        pattern = re.compile(separator)
+    except re.error as error:
+        raise UserError(f"corpus.sources[].separator = {separator!r} is not a regular expression: {error}") from error
+    start, parts, bad = 1, list[str](), None
+    for number, offset, raw in _lines(stream):
+        line = _decode(file, offset, raw)
+        if isinstance(line, BadRecord):
+            bad = bad or line
+            continue
+        if pattern.search(line.rstrip("\r\n")) and (parts or bad):
+            yield bad or (f"{file.label}:{start}", "".join(parts))
+            start, parts, bad = number, [], None
+        parts.append(line)
+    yield bad or (f"{file.label}:{start}", "".join(parts))
+
+
+# ------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def _json_records(file: InputFile, stream: BufferedReader, source: SourceConfig) -> Iterator[_Record]:
+    for number, offset, raw in _lines(stream):
+        line = _decode(file, offset, raw)
+        if isinstance(line, BadRecord):
+            yield line
+        elif line.strip():
+            yield _json_record(file, number, line, source)
+
+
+def _json_record(file: InputFile, number: int, line: str, source: SourceConfig) -> _Record:
+    where = f"{file.path}:{number}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRecord("invalid JSON", f"{where} is not JSON: {error}.")
+    if not isinstance(value, dict):
+        return BadRecord("no JSON object", f"{where} holds a {type(value).__name__}, expected an object with fields.")
+    if source.text_field not in value:
+        fields = ", ".join(map(repr, value)) or "none"
+        return BadRecord(
+            "no text field",
+            f"{where} has no field {source.text_field!r}; its fields: {fields}. "
+            "corpus.sources[].text_field says which one holds the text.",
+        )
+    text = value[source.text_field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        return BadRecord("text is no string", f"{where}: field {source.text_field!r} is {kind}, expected a string.")
+    document_id = str(value.get(source.id_field, f"{file.label}:{number}"))
+    try:
+        (text + document_id).encode()
+    except UnicodeEncodeError as error:
+        lone = f"\\u{ord((text + document_id)[error.start]):04x}"
+        return BadRecord("lone surrogate", f"{where}: {lone} is half a surrogate pair, which is no character.")
+    return document_id, text
+
+
+# ------------------------------------------------------------------------------------------------------------ FASTA
+
+
+def _fasta_records(file: InputFile, stream: BufferedReader) -> Iterator[_Record]:
+    header: str | None = None
+    parts, bad = list[str](), None
+    for _, offset, raw in _lines(stream):
+        line = _decode(file, offset, raw)
+        if raw.startswith(b">"):
+            if header is not None or parts or bad:
+                yield bad or _fasta_record(file, header, parts)
+            header, parts, bad = "", [], None
+        if isinstance(line, BadRecord):
+            bad = bad or line
+        elif raw.startswith(b">"):
+            header = line
+        elif line.strip():
+            parts.append(line)
+    if header is not None or parts or bad:
+        yield bad or _fasta_record(file, header, parts)
+
+
+def _fasta_record(file: InputFile, header: str | None, parts: list[str]) -> _Record:
+    if header is None:
+        return BadRecord("no FASTA header", f"{file.path} does not begin with a '>' line, so it is no FASTA file.")
+    words = header[1:].split(maxsplit=1)
+    if not words:
+        return BadRecord("no record id", f"{file.path}: a '>' line without an id before {''.join(parts)[:20]!r}.")
+    return _protein(file.path, words[0], "".join(parts))
+
+
+def _protein(path: Path, record_id: str, text: str) -> _Record:
+    """The sequence in capitals, without white space and without the final stop."""
+    sequence = "".join(text.split()).upper().removesuffix("*")
+    if not sequence:
+        return BadRecord("no residues", f"{path}: record {record_id} has no residues.")
+    if illegal := _ILLEGAL_RESIDUE.search(sequence):
+        return BadRecord(
+            "illegal residue",
+            f"{path}: record {record_id} has {illegal.group()!r} at position {illegal.start() + 1:,}, which is no "
+            f"residue (legal: {RESIDUES}, and '*' at the end).",
+        )
+    return record_id, sequence

@@ -1,0 +1,70 @@
+"""A real corpus for tests: built by the product from generated text, once per session."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import RunConfig, validate
+from pretrain.data.corpus import build_corpus
+from pretrain.data.manifest import Manifest, load_manifest
+
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+
+
+def generated_text(seed: int, words: int) -> str:
+    """Made-up words of which one mostly decides the next, so that there is something to learn."""
+    chosen, word, text = random.Random(seed), seed % len(SYLLABLES), []
+    for _ in range(words):
+        word = (word * 3 + 1) % len(SYLLABLES) if chosen.random() < 0.9 else chosen.randrange(len(SYLLABLES))
+        text.append(SYLLABLES[word] + SYLLABLES[(word * 7 + 2) % len(SYLLABLES)])
+    return " ".join(text)
+
+
+@pytest.fixture(scope="session")
+def corpus_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The `corpus` section of a small corpus that is built already: 16 training shards, long enough for 8 x 32."""
+    folder = tmp_path_factory.mktemp("a corpus")
+    sources = folder / "raw text"
+    sources.mkdir()
+    for number in range(240):
+        (sources / f"{number:03d}.txt").write_text(generated_text(number, 20 + 41 * (number % 12)))
+    values = {
+        "path": str(folder / "corpus"),
+        "sources": [{"path": str(sources)}],
+        "tokenizer": {"vocab_size": 120, "byte_fallback": False},
+        "splits": {"valid": 0.1, "test": 0.1},
+        "min_train_shards": 16,
+        "processes": 1,
+    }
+    build_corpus(validate({"name": "x", "corpus": values, "data": {"streams": 16}}, "test").corpus)
+    return values
+
+
+@pytest.fixture
+def make_config(corpus_values: dict[str, Any], tmp_path: Path) -> Callable[..., RunConfig]:
+    """`make_config(name, section={...})`: a tiny run on the test corpus, with some sections changed."""
+
+    def make(name: str = "run", **sections: dict[str, Any]) -> RunConfig:
+        values: dict[str, Any] = {
+            "name": name,
+            "runs": str(tmp_path / "runs"),
+            "seed": 7,
+            "corpus": corpus_values,
+            "data": {"sequence_length": 32, "streams": 16, "workers": 0},
+            "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
+            "training": {"tokens": 12_000, "batch_size": 16, "micro_batch_size": 4, "validation_rows": 40},
+        }
+        for section, changed in sections.items():
+            values[section] = {**values.get(section, {}), **changed}
+        return validate(values, "test")
+
+    return make
+
+
+@pytest.fixture
+def manifest(corpus_values: dict[str, Any]) -> Manifest:
+    """Of the test corpus."""
+    return load_manifest(Path(corpus_values["path"]))

@@ -1,0 +1,174 @@
+"""The order of rows: the same on any number of ranks and workers, whole in every epoch, resumed exactly."""
+
+import shutil
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from pretrain.data.counter_random import bits, permutation, uniform
+from pretrain.data.loader import StepRows, training_steps, validation_batches
+from pretrain.data.manifest import load_manifest
+from pretrain.data.packing import plan_rows
+from pretrain.data.stream import RowSource, StreamReader, StreamState
+from pretrain.data.tokenizer import BOS, EOS, PAD
+from pretrain.errors import UserError
+
+
+def rows_of(steps: list[list[StepRows]]) -> list[bytes]:
+    """Rows with their masks in global order, from each rank's list of steps."""
+    world_size, rows = len(steps), []
+    for step in zip(*steps, strict=True):
+        per_rank = [list(zip(s.batch.input_ids.numpy(), s.batch.labels.numpy(), strict=True)) for s in step]
+        for number in range(sum(map(len, per_rank))):
+            ids, labels = per_rank[number % world_size][number // world_size]
+            rows.append(ids.tobytes() + labels.tobytes())
+    return rows
+
+
+def first_steps(config, manifest, count, world_size=1, states=None):
+    states = states or [StreamState.start(config.data.streams)] * world_size
+    return [
+        list(islice(training_steps(config, manifest, states[rank], rank, world_size), count))
+        for rank in range(world_size)
+    ]
+
+
+def merged(states: list[StreamState]) -> StreamState:
+    """What a checkpoint holds: each stream's state from the rank that reads it."""
+    streams, world_size = len(states[0].visits), len(states)
+    owner = [states[s % world_size] for s in range(streams)]
+    visits = np.array([o.visits[s] for s, o in enumerate(owner)])
+    rows = np.array([o.rows[s] for s, o in enumerate(owner)])
+    return StreamState.from_json(StreamState(states[0].position, visits, rows).to_json())
+
+
+def test_order_is_the_same_on_any_number_of_ranks_and_workers_across_an_epochs_end(make_config, manifest):
+    config = make_config()
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    epoch = sum(len(source.open(visit)[1]) for visit in range(source.num_shards))
+    steps = epoch * 5 // 4 // 16
+    expected = rows_of(first_steps(config, manifest, steps))
+    assert len(set(expected)) > 0.95 * epoch
+    for world_size in (1, 2, 4):
+        for workers in (0, 1, 4):
+            other = make_config(data={"workers": workers})
+            assert rows_of(first_steps(other, manifest, steps, world_size)) == expected, (world_size, workers)
+
+
+def test_three_resumes_in_a_row_on_other_ranks_and_workers_continue_the_sequence(make_config, manifest):
+    expected = rows_of(first_steps(make_config(), manifest, 40))
+    state, rows = StreamState.start(16), []
+    for world_size, workers, count in ((1, 0, 1), (2, 2, 13), (4, 1, 9), (1, 3, 17)):
+        config = make_config(data={"workers": workers})
+        steps = first_steps(config, manifest, count, world_size, [state] * world_size)
+        rows += rows_of(steps)
+        state = merged([rank[-1].state for rank in steps])
+    assert rows == expected
+
+
+def test_every_document_is_read_exactly_once_in_every_visit_of_its_shard(make_config, manifest):
+    config = make_config()
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    for epoch in range(2):
+        seen: Counter[bytes] = Counter()
+        for visit in range(epoch * source.num_shards, (epoch + 1) * source.num_shards):
+            shard, plan = source.open(visit)
+            for row in range(len(plan)):
+                ids = source.read(shard, plan, row)
+                assert (ids.ids[ids.length :] == PAD).all()
+            pieces = {(s, t): n for s, t, n in zip(plan.samples, plan.starts, plan.lengths, strict=True)}
+            assert len(pieces) == len(plan)
+            for sample, length in enumerate(shard.lengths):
+                assert sum(n for (s, _), n in pieces.items() if s == sample) == length + 2
+            seen[shard.tokens(0, 0, 5).tobytes() + bytes(shard.lengths)] += 1
+        assert set(seen.values()) == {1}
+        assert len(seen) == source.num_shards
+
+
+def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest):
+    config = make_config()
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    shard, plan = source.open(0)
+    sample = int(np.argmax(shard.lengths))
+    rows = sorted(np.flatnonzero(plan.samples == sample), key=lambda row: plan.starts[row])
+    joined = np.concatenate([(r := source.read(shard, plan, int(row))).ids[: r.length] for row in rows])
+    expected = [BOS, *shard.tokens(sample, 0, int(shard.lengths[sample])).tolist(), EOS]
+    assert joined.tolist() == expected
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(make_config, manifest):
+    def opening(seed: int, visit: int) -> list[int]:
+        return RowSource(make_config().corpus.path, manifest, "train", seed, 32).open(visit)[1].starts[:20].tolist()
+
+    assert opening(1, 0) == opening(1, 0)
+    assert opening(1, 0) != opening(2, 0)
+    shards = [permutation(16, 1, 1, epoch).tolist() for epoch in range(3)]
+    assert len({tuple(order) for order in shards}) == 3
+
+
+def test_a_plan_cuts_long_documents_and_keeps_short_ones_whole():
+    plan = plan_rows(np.array([3, 0, 20]), 8, 1)
+    pieces = sorted(zip(plan.samples.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+    assert pieces == [(0, 0, 5), (1, 0, 2), (2, 0, 8), (2, 8, 8), (2, 16, 6)]
+
+
+def test_a_stream_state_that_is_taken_with_a_row_ignores_what_was_read_ahead(make_config, manifest):
+    config = make_config(data={"workers": 3})
+    steps = training_steps(config, manifest, StreamState.start(16), 0, 1)
+    taken = list(islice(steps, 2))
+    assert taken[-1].state.position == 32
+    again = training_steps(make_config(), manifest, taken[0].state, 0, 1)
+    assert next(again).batch.input_ids.equal(taken[1].batch.input_ids)
+
+
+def test_validation_rows_are_the_same_on_any_number_of_ranks(make_config, manifest):
+    config = make_config(training={"validation_rows": 37})
+
+    def rows(world_size: int) -> list[bytes]:
+        batches = [b for r in range(world_size) for b in validation_batches(config, manifest, r, world_size, 8)]
+        pairs = [(i, x) for b in batches for i, x in zip(b.input_ids.numpy(), b.labels.numpy(), strict=True)]
+        return sorted(i.tobytes() + x.tobytes() for i, x in pairs if i.any())
+
+    counts = [len(list(validation_batches(config, manifest, rank, 4, 8))) for rank in range(4)]
+    assert len(rows(1)) == 37
+    assert rows(1) == rows(2) == rows(4)
+    assert len(set(counts)) == 1
+
+
+def test_fewer_shards_than_streams_are_refused(make_config, manifest):
+    few = manifest.splits["train"].model_copy(update={"shards": manifest.splits["train"].shards[:3]})
+    small = manifest.model_copy(update={"splits": {**manifest.splits, "train": few}})
+    with pytest.raises(UserError, match=r"3 training shards for data.streams = 16; use data.streams=3"):
+        training_steps(make_config(), small, StreamState.start(16), 0, 1)
+
+
+def test_a_damaged_shard_is_named_before_anything_of_it_is_read(manifest, tmp_path, corpus_values):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus_values["path"], copy)
+    victim = copy / manifest.splits["train"].shards[3].path
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    source = RowSource(copy, load_manifest(copy), "train", 7, 32)
+    with pytest.raises(UserError, match=f"{victim.name} is damaged"):
+        [source.open(visit) for visit in range(source.num_shards)]
+
+
+def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
+    assert bits(0).tolist() == [0xE220A8397B1DCDAF]  # the first output of splitmix64 from seed 0
+    assert bits(1, 2, 3).tolist() == [0xD0734750FDE362B3]
+    values = uniform(5, np.arange(100_000))
+    assert abs(values.mean() - 0.5) < 0.005
+    assert abs(values.var() - 1 / 12) < 0.002
+    assert sorted(permutation(1000, 3).tolist()) == list(range(1000))
+
+
+def test_reader_counts_rows_without_reading_them(make_config, manifest):
+    config = make_config()
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    counted, read = (StreamReader(source, StreamState.start(16)) for _ in range(2))
+    assert [number for number, row in counted.rows(50, read=False) if row is None] == list(range(50))
+    list(read.rows(50))
+    assert counted.state.to_json() == read.state.to_json()
