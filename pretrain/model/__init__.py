@@ -1,0 +1,1 @@
+"""The encoder: attention layout, attention, rotary embedding, blocks."""
