@@ -1,0 +1,170 @@
+"""Our config -> DeepSpeed's dict -> engine. The only file that imports DeepSpeed's engine.
+
+A user never writes a DeepSpeed config. ZeRO divides gradients by the number of ranks; the step's own arithmetic
+(loss summed, divided once by all masked tokens) therefore scales the loss up by it, see step.py.
+"""
+
+import math
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.batch import Batch
+from pretrain.config import RunConfig
+from pretrain.model.layout import AttentionLayout
+from pretrain.training.optimizer import build_optimizer
+
+ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
+
+
+def resolve_precision(config: RunConfig) -> str:
+    """`fp32` or `bf16`: what `auto` means on this machine."""
+    if config.training.precision != "auto":
+        return config.training.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+    return "bf16" if native else "fp32"
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank and step."""
+    return math.ceil(config.training.batch_size / world_size / config.training.micro_batch_size)
+
+
+def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's dict, derived from ours.
+
+    Batch sizes in it only tell DeepSpeed how many micro-batches a step has: it never sees the rows. Unsharded runs
+    are clipped by `Engine.step` itself, and compute in bf16 by autocast over fp32 weights, as plain data-parallel
+    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights.
+    """
+    micro_batches = accumulation_steps(config, world_size)
+    stage = ZERO_STAGE[config.training.sharding]
+    return {
+        "train_batch_size": micro_batches * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16" and stage > 0, "check_grad_overflow": True},
+        "gradient_clipping": config.optimizer.clip_grad_norm if stage > 0 else 0.0,
+        "steps_per_print": 2**31,
+    }
+
+
+class Engine:
+    """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, world_size: int, device: torch.device) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+        import deepspeed
+
+        # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.device, self.config = device, config
+        self.stage = ZERO_STAGE[config.training.sharding]
+        self.precision = resolve_precision(config)
+        self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optimizer),
+            config=deepspeed_config(config, world_size, self.precision),
+            dist_init_required=False,
+        )
+        self.module: nn.Module = self._deepspeed.module
+        for parameter in self._flat_parameters():
+            state = self.torch_optimizer.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if self.stage in (1, 2):
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's optimizer (a plain torch one without sharding)."""
+        return self._deepspeed.optimizer
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that does the arithmetic, inside ZeRO's."""
+        return self.zero if self.stage == 0 else self.zero.optimizer
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The tensors that the torch optimizer's state is keyed by."""
+        if self.stage == 0:
+            return [p for group in self.torch_optimizer.param_groups for p in group["params"]]
+        return self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
+
+    def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
+        """`MaskedLanguageModel.forward`, sharded and in the run's precision."""
+        autocast = self.stage == 0 and self.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
+            return self._deepspeed(batch, layout)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of `loss`; its scale is the caller's business."""
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """After each backward. After a step's last one the optimizer moves, unless a gradient is not finite."""
+        if self.stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
+            limit = self.config.optimizer.clip_grad_norm
+            self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+            if not math.isfinite(self._norm):
+                self._deepspeed.zero_grad()
+        self._deepspeed.step()
+
+    def train(self) -> None:
+        """Gradients will be wanted."""
+        self._deepspeed.train()
+
+    def eval(self) -> None:
+        """No gradients will be wanted."""
+        self._deepspeed.eval()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step before clipping; not finite if the step was skipped."""
+        if self.stage == 0:
+            return self._norm
+        return float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else math.nan
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """For the next step, in every group."""
+        for group in self.zero.param_groups:
+            group["lr"] = learning_rate
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """AdamW's own step count, which its bias correction needs."""
+        for parameter in self._flat_parameters():
+            self.torch_optimizer.state[parameter]["step"].fill_(steps)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that the optimizer took: skipped ones are not among them."""
+        return int(self.torch_optimizer.state[self._flat_parameters()[0]]["step"])
+
+    def refresh_weights(self) -> None:
+        """Make the weights that the model computes with those of the fp32 master, on all ranks."""
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            for index, master in enumerate(self.zero.fp32_partitioned_groups_flat):
+                self.zero.fp16_partitioned_groups_flat[index].data.copy_(master.data)
+                self.zero._unflatten_partitioned_parameters(index)
+            persistent = self.zero.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,74 @@
+"""The run folder: which run it holds, and the files in it that say how the run is doing.
+
+runs/NAME/  config.yaml  environment.json  metrics.jsonl  status.json
+            checkpoints/  evaluation/  logs/  tensorboard/
+"""
+
+import os
+import platform
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+
+from pretrain.config import RunConfig, changes, falsifying, load_config, to_yaml
+from pretrain.data.manifest import Manifest
+from pretrain.errors import UserError
+from pretrain.files import write_json, write_text
+from pretrain.training.checkpoint import list_checkpoints, load_state
+
+CONFIG = "config.yaml"
+
+
+def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collection[str] = ()) -> list[str]:
+    """Make the run folder, or check that the one there holds this run; then write the config into it.
+
+    Returns:
+        Lines for the user: what is resumed, what has changed since.
+
+    Raises:
+        UserError: the folder holds another run, or the run was trained on another corpus.
+    """
+    folder = config.run_folder
+    saved_config = folder / CONFIG
+    lines = []
+    if saved_config.is_file():
+        differences = changes(load_config(str(saved_config)), config)
+        refused = [key for key in falsifying(differences) if key not in allow_change]
+        if refused:
+            listed = "\n".join(f"  {key}: {differences[key][0]} there, {differences[key][1]} now" for key in refused)
+            raise UserError(
+                f"{folder} holds another run:\n{listed}\nChoose another name (name=...), or, to go on with the changed "
+                f"run all the same, add {' '.join(f'--allow-change {key}' for key in refused)}"
+            )
+        lines = [f"changed since: {key} {old} -> {new}" for key, (old, new) in differences.items()]
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no run folder (it has no {CONFIG}); choose another name (name=...)")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if checkpoints:
+        state = load_state(checkpoints[-1])
+        if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
+            raise UserError(
+                f"{folder} was trained on another corpus than {config.corpus.path} is now (its fingerprint differs); "
+                "restore that corpus, choose another name (name=...), or start its data over with --allow-change corpus"
+            )
+        lines.insert(0, f"resuming {folder} at step {state.step}")
+    write_text(saved_config, to_yaml(config))
+    return lines
+
+
+def write_environment(folder: Path, world_size: int, precision: str, device: str) -> None:
+    """What the run ran on; no variables of the environment, which may hold secrets."""
+    packages = ("torch", "deepspeed", "webdataset", "sentencepiece", "safetensors", "numpy")
+    write_json(
+        folder / "environment.json",
+        {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in packages},
+            "world_size": world_size,
+            "precision": precision,
+            "device": device,
+            "cores": os.cpu_count(),
+        },
+    )

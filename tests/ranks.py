@@ -1,0 +1,27 @@
+"""Run a function on several real gloo ranks, each a process of its own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
+    """`function(rank, *arguments)` on each rank; returns what each returned. `folder` is for their meeting point."""
+    results = folder / "results"
+    results.mkdir(parents=True)
+    mp.spawn(_rank, (world_size, str(folder), function, arguments), nprocs=world_size)
+    return [torch.load(results / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    torch.save(function(rank, *arguments), Path(folder) / "results" / f"{rank}.pt")
+    dist.destroy_process_group()

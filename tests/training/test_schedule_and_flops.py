@@ -1,0 +1,53 @@
+"""Pure arithmetic of training: learning rate, parameter groups, FLOPs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.batch import Batch
+from pretrain.config import ModelConfig, ScheduleConfig
+from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model.layout import AttentionLayout
+from pretrain.training.flops import flops_per_token, peak_flops
+from pretrain.training.optimizer import parameter_groups
+from pretrain.training.schedule import learning_rate
+
+
+def test_the_learning_rate_rises_stays_and_falls_by_tokens():
+    schedule = ScheduleConfig(warmup=0.1, decay=0.2, final=0.1)
+    rates = {t: learning_rate(t, 1000, 2.0, schedule) for t in (1, 50, 100, 500, 800, 900, 1000, 1100)}
+    assert rates == pytest.approx(
+        {1: 0.02, 50: 1.0, 100: 2.0, 500: 2.0, 800: 2.0, 900: 1.1, 1000: 0.2, 1100: 0.2}, rel=1e-9
+    )
+    assert learning_rate(5, 1000, 2.0, ScheduleConfig(warmup=0, decay=0)) == 2.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_decay_spares_norms_and_embeddings(tied):
+    model = MaskedLanguageModel(ModelConfig(tie_embeddings=tied, positions="learned", max_positions=16), 50)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
+    assert decayed | kept == set(names.values())
+    assert {n for n in kept if "norm" not in n} == {"encoder.embedding.weight", "encoder.position_embedding.weight"}
+    assert ("head.weight" in decayed) == (not tied)
+
+
+def test_matrix_and_full_attention_flops_equal_torchs_count():
+    config = ModelConfig(hidden_size=64, num_layers=3, num_heads=2, attention="bidirectional", kernel="dense")
+    model, length, rows = MaskedLanguageModel(config, 96), 32, 2
+    ids = torch.randint(96, (rows, length))
+    batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(length).expand(rows, length))
+    with FlopCounterMode(display=False) as counter:
+        model(batch, AttentionLayout.from_batch(batch))[0].sum().backward()
+    assert counter.get_total_flops() == rows * length * flops_per_token(config, 96, length).total(1.0)
+
+
+def test_triangles_hold_half_the_pairs_and_the_diagonal_twice():
+    dual, full = (flops_per_token(ModelConfig(attention=kind), 96, 100) for kind in ("dual_triangle", "bidirectional"))
+    assert dual.attention == full.attention * 101 / 200
+    assert dual.attention_as_full == full.attention_as_full == full.attention
+
+
+def test_peaks_are_known_for_gpus_only():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("cpu") is None
