@@ -1,0 +1,1 @@
+"""What runs around the ranks: the command line, local launch, the list of runs, the quickstart."""

@@ -1,0 +1,101 @@
+"""What a run folder says of itself: its status, and the list of all runs in a folder. Reads; never starts anything."""
+
+import difflib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import UserError
+from pretrain.status import LIVE_STATES, STATUS, read_status
+
+LOST_AFTER_S = 60.0
+"""A run that claims to be at work, but whose heartbeat is older than this, is lost."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One line of `diptych runs`."""
+
+    name: str
+    folder: Path
+    state: str
+    step: int | None = None
+    tokens: int | None = None
+    total_tokens: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    tokens_per_s: float | None = None
+    age_s: float | None = None
+    """Seconds since the last heartbeat."""
+    message: str | None = None
+
+
+def list_runs(folder: Path, now: float | None = None) -> list[RunRow]:
+    """Every run in `folder`, by name; a run is a sub-folder with a config.yaml. `now` is Unix time in seconds."""
+    if not folder.is_dir():
+        return []
+    now = time.time() if now is None else now
+    return [describe_run(path.parent, now) for path in sorted(folder.glob("*/config.yaml"))]
+
+
+def describe_run(run_folder: Path, now: float) -> RunRow:
+    """One run as it stands at `now`; a missing or damaged status.json is a state, not an error."""
+    status = read_status(run_folder)
+    if status is None:
+        state = "unreadable status.json" if (run_folder / STATUS).exists() else "not started"
+        return RunRow(run_folder.name, run_folder, state)
+    age_s = max(0.0, now - status.heartbeat)
+    live = status.state in LIVE_STATES
+    lost = live and age_s > LOST_AFTER_S
+    return RunRow(
+        name=run_folder.name,
+        folder=run_folder,
+        state=f"lost (last seen {duration(age_s)} ago)" if lost else status.state,
+        step=status.step,
+        tokens=status.tokens,
+        total_tokens=status.total_tokens,
+        loss=status.loss,
+        validation_loss=status.validation_loss,
+        tokens_per_s=status.tokens_per_s if live and not lost else None,
+        age_s=age_s,
+        message=status.message,
+    )
+
+
+def find_run(name: str, folder: Path = Path("runs")) -> Path:
+    """The run folder that `name` means: a path, or a name inside `folder`.
+
+    Raises:
+        UserError: there is no such run; names the nearest.
+    """
+    for candidate in (folder / name, Path(name).expanduser()):
+        if (candidate / "config.yaml").is_file():
+            return candidate.absolute()
+    names = [row.name for row in list_runs(folder)]
+    nearest = difflib.get_close_matches(name, names, n=1)
+    there = f"there are {', '.join(names)}" if names else f"there are no runs in {folder.absolute()}"
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"no run {name!r}: neither a run folder nor a name in {folder.absolute()}; {there}{hint}")
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: 42 s, 5 m, 3 h 20 m, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} m"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} m"
+    return f"{minutes // 1440} d {minutes // 60 % 24} h"
+
+
+def compact(value: float, gap: str = "") -> str:
+    """A count with three figures and a unit prefix, `gap` between them: 987, 12.3k, 3.50M, 62.1G."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size * 0.9995:
+            scaled = value / size
+            decimals = max(0, 2 - int(math.log10(max(scaled, 1.0))))
+            return f"{scaled:.{decimals}f}{gap}{unit}"
+    return f"{value:.0f}{gap}"

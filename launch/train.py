@@ -1,0 +1,169 @@
+"""One training from end to end: corpus, run folder, ranks, context report. What `train` and `quickstart` share."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.display import StageProgress, make_display, say
+from launch.local import launch_local, num_gpus
+from launch.tables import fitting_table
+from pretrain.config import CorpusConfig, RunConfig, check_topology
+from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
+from pretrain.errors import EXIT_DONE, UserError
+from pretrain.status import Status, read_status
+
+
+def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
+    """`nproc`, or else one rank per local GPU, or else one.
+
+    Raises:
+        UserError: more ranks than GPUs, or a number that streams and batch cannot be divided by.
+    """
+    gpus = num_gpus()
+    if nproc is not None and gpus and nproc > gpus:
+        raise UserError(
+            f"--nproc {nproc}, but this machine has {gpus} GPUs for one rank each; use at most {gpus}, or set "
+            "DS_ACCELERATOR=cpu to train on its processors"
+        )
+    num_ranks = nproc or gpus or 1
+    check_topology(config, num_ranks)
+    return num_ranks
+
+
+def build(corpus: CorpusConfig, console: Console) -> Manifest:
+    """Build the corpus, with progress."""
+    from pretrain.data.corpus import build_corpus
+
+    with StageProgress(console) as progress:
+        return build_corpus(corpus, progress.report)
+
+
+def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:
+    """The corpus's manifest; built first if it is not there and there are sources to build it from.
+
+    Raises:
+        UserError: there is no corpus and nothing to build it from, it is not what its manifest says, or it was built
+            from other sources or settings than the config's.
+    """
+    if corpus.sources and not (corpus.path / MANIFEST).is_file():
+        say(console, f"there is no finished corpus at {corpus.path} yet: building it")
+        return build(corpus, console)
+    manifest = load_manifest(corpus.path)
+    if corpus.sources and manifest.build_key is not None:
+        _check_sources(corpus, manifest.build_key)
+    return manifest
+
+
+def _check_sources(corpus: CorpusConfig, key: str) -> None:
+    """Refuse a corpus of other sources or settings; if the raw files are gone, it is taken as it is."""
+    from pretrain.data.corpus import build_key
+    from pretrain.data.readers import find_inputs
+
+    try:
+        inputs = [find_inputs(source) for source in corpus.sources]
+    except UserError:
+        return
+    # `data build --on-bad skip` must not be refused by a config that says nothing of bad records.
+    choices = [corpus.model_copy(update={"on_bad": on_bad}) for on_bad in ("error", "skip")]
+    if key not in [build_key(choice, inputs) for choice in choices]:
+        raise UserError(
+            f"{corpus.path} was built from other sources or settings than this config's corpus section (or the raw "
+            "files have changed); set another corpus.path, or leave out corpus.sources to train on it as it is"
+        )
+
+
+@contextmanager
+def only_launch(run_folder: Path) -> Iterator[None]:
+    """Keep any second launch out of a run folder, by a lock beside it that ends with this process.
+
+    Raises:
+        UserError: another process is training this run, or the folder of runs cannot be written.
+    """
+    try:
+        run_folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = run_folder.with_name(f".{run_folder.name}.lock").open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {run_folder.parent} ({error.strerror}); set runs=FOLDER") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{run_folder} is being trained already, by process {lock.read().strip() or 'unknown'}; wait for it, "
+                "end it (it saves first), or choose another name=..."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+        yield
+
+
+def train(
+    config: RunConfig, num_ranks: int, console: Console, *, allow_change: Sequence[str] = (), evaluate: bool = True
+) -> int:
+    """Train to the end, or go on where an earlier attempt ended, then write the context report.
+
+    Returns:
+        The exit code; see `launch_local`.
+    """
+    manifest = ensure_corpus(config.corpus, console)
+    from pretrain.training.run_folder import open_run_folder
+
+    with only_launch(config.run_folder):
+        for line in open_run_folder(config, manifest, allow_change):
+            say(console, line)
+        if _is_complete(config, read_status(config.run_folder)):
+            say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
+        else:
+            where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+            say(console, f"training {config.name} on {where} in {config.run_folder}")
+            exit_code = launch_local(config, num_ranks, make_display(console))
+            if exit_code != EXIT_DONE:
+                return exit_code
+        if evaluate:
+            try:
+                evaluate_context(config.run_folder, console)
+            except UserError as error:
+                raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
+    return EXIT_DONE
+
+
+def _is_complete(config: RunConfig, status: Status | None) -> bool:
+    """Whether the run has seen all its tokens, and its last checkpoint is still there."""
+    if status is None or status.state != "done" or status.checkpoint is None:
+        return False
+    here = (config.run_folder / "checkpoints" / status.checkpoint).is_dir()
+    return here and status.tokens >= config.training.tokens
+
+
+def evaluate_context(
+    run_folder: Path, console: Console, *, step: int | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
+
+    `step` and `overrides` are those of `evaluate_run`.
+    """
+    from pretrain.evaluation.context import evaluate_run
+    from pretrain.evaluation.report import COLUMNS, headline, table_rows, write_report
+
+    with StageProgress(console) as progress:
+        report = evaluate_run(
+            run_folder, step, overrides, lambda _, done, total: progress.report("context lengths", done, total)
+        )
+    folder = write_report(run_folder, report)
+    title = f"Context extension of {report.run}, step {report.step}"
+    console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
+    say(console, headline(report), "bold")
+    for multiple, why in report.skipped.items():
+        say(console, f"{multiple}x was not measured: {why}")
+    say(
+        console,
+        f"Loss in nats per masked token; token frequencies alone cost {report.unigram_loss:.3f} on these tokens "
+        f"(unigram entropy {report.unigram_entropy:.3f}).",
+    )
+    say(console, f"report: {folder / 'report.md'}")
