@@ -32,7 +32,7 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """One set of raw files to read documents from."""
 
-    path: str
+    path: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
     """A file, a folder (read recursively) or a glob; relative to the working directory."""
     format: Literal["auto", "text", "jsonl", "fasta"] = "auto"
     """`auto` decides by the name: .txt, .jsonl, .fasta, .fa or .faa, each also with .gz."""

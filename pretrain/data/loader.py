@@ -28,6 +28,10 @@ class StepRows:
     batch: Batch
     state: StreamState
 
+    def pin_memory(self) -> "StepRows":
+        """What the loader calls where there is a GPU."""
+        return StepRows(self.batch.pin_memory(), self.state)
+
 
 def masking_rule(config: RunConfig) -> MaskingRule:
     """The run's corruption of rows, over the corpus' vocabulary."""

@@ -87,7 +87,7 @@ def find_inputs(source: SourceConfig) -> list[InputFile]:
         accepted = ", ".join(s for s, f in SUFFIXES.items() if source.format in ("auto", f))
         inside = f"a folder without {accepted} files (or .gz of them)" if place.is_dir() else "nothing there"
         raise UserError(
-            f"source {source.path!r} matches no file: looked at {place.absolute()} and found {inside}; "
+            f"source {source.path!r} matches no file ({inside}); "
             "set corpus.sources[].path to a file, a folder or a glob (relative to the working directory)"
         )
     return [InputFile(p, p.relative_to(root).as_posix(), _format_of(source, p)) for p in sorted(paths)]

@@ -41,8 +41,8 @@ def headline(report: ContextReport) -> str:
 
 
 def write_report(run_folder: Path, report: ContextReport) -> Path:
-    """Write the report and its plots; returns their folder."""
-    folder = run_folder / "evaluation" / "context"
+    """Write the report and its plots; returns their folder, `context` for the test split, else `context-valid`."""
+    folder = run_folder / "evaluation" / ("context" if report.split == "test" else f"context-{report.split}")
     folder.mkdir(parents=True, exist_ok=True)
     _plot_lengths(report, folder / "loss_by_length.png")
     _plot_training(run_folder, report, folder / "training_curve.png")

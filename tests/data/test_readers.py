@@ -77,8 +77,7 @@ def test_a_source_is_called_by_its_name_or_by_the_last_part_of_its_path(tmp_path
 def test_a_source_without_files_is_refused_with_the_place_looked_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal("missing/*.txt")
-    assert "'missing/*.txt' matches no file" in message
-    assert str(tmp_path / "missing/*.txt") in message
+    assert f"'{tmp_path / 'missing/*.txt'}' matches no file" in message
     assert "set corpus.sources[].path" in message
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.md").write_text("x")
