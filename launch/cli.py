@@ -34,10 +34,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
+model_app = typer.Typer(no_args_is_help=True, help="Look at an encoder before it is trained.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs and their schema.")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(config_app, name="config")
+app.add_typer(model_app, name="model")
 
 Config = Annotated[
     str,
@@ -281,6 +283,20 @@ def runs(
         print(f"no runs in {folder.absolute()}")
         return
     make_console().print(runs_table(rows))
+
+
+@model_app.command("show")
+def model_show(config: Config, overrides: Overrides = None) -> None:
+    """Show what a config's encoder is made of and what it costs.
+
+    Parameters, heads, layers, and FLOPs per token; no weights are allocated.
+
+    [bold]Example:[/bold] diptych model show model/1b corpus.tokenizer.vocab_size=32768
+    """
+    from launch.display import make_console
+    from launch.model import show_model
+
+    show_model(config, overrides or [], make_console())
 
 
 @config_app.command("show")
