@@ -70,6 +70,7 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
         "data show",
         "evaluate context",
         "runs",
+        "evaluate probe argmax",
         "model show",
         "config show",
         "config schema",
