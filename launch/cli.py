@@ -34,10 +34,14 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
+probe_app = typer.Typer(no_args_is_help=True, help="Train small encoders on a synthetic task, to compare their kinds.")
+model_app = typer.Typer(no_args_is_help=True, help="Look at an encoder before it is trained.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs and their schema.")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
+evaluate_app.add_typer(probe_app, name="probe")
 app.add_typer(config_app, name="config")
+app.add_typer(model_app, name="model")
 
 Config = Annotated[
     str,
@@ -64,6 +68,22 @@ class Split(StrEnum):
 
     VALID = "valid"
     TEST = "test"
+
+
+class Attention(StrEnum):
+    """Kinds of encoders."""
+
+    DUAL_TRIANGLE = "dual_triangle"
+    BIDIRECTIONAL = "bidirectional"
+    CAUSAL = "causal"
+
+
+class Positions(StrEnum):
+    """How an encoder is told where its tokens stand."""
+
+    NONE = "none"
+    ROTARY = "rotary"
+    LEARNED = "learned"
 
 
 def main() -> None:
@@ -264,6 +284,34 @@ def evaluate_context(
         evaluate_run(run_folder, make_console(), step=step, overrides=changes)
 
 
+@probe_app.command("argmax")
+def evaluate_probe_argmax(
+    attention: Annotated[
+        list[Attention] | None, typer.Option(help="A kind of attention; repeatable. By default all three.")
+    ] = None,
+    positions: Annotated[
+        list[Positions] | None, typer.Option(help="A kind of positions; repeatable. By default none and rotary.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train each kind with the seeds 0 to N - 1.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1000,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("probes/argmax"),
+) -> None:
+    """Which encoders know where the largest of 64 values stands?
+
+    Trains a small encoder of each kind and seed, and writes a table, a plot and results.json. Finished trainings are
+    kept: interrupt it anywhere and run it again. About ten minutes on two cores.
+
+    [bold]Example:[/bold] diptych evaluate probe argmax --attention dual_triangle --positions none --seeds 1
+    """
+    from launch.display import make_console
+    from launch.probe import argmax
+
+    kinds = dict.fromkeys(attention or Attention)
+    told = dict.fromkeys(positions or (Positions.NONE, Positions.ROTARY))
+    with resumable():
+        argmax(out, [a.value for a in kinds], [p.value for p in told], seeds, steps, make_console())
+
+
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Option(help="The folder of run folders.")] = Path("runs"),
@@ -281,6 +329,20 @@ def runs(
         print(f"no runs in {folder.absolute()}")
         return
     make_console().print(runs_table(rows))
+
+
+@model_app.command("show")
+def model_show(config: Config, overrides: Overrides = None) -> None:
+    """Show what a config's encoder is made of and what it costs.
+
+    Parameters, heads, layers, and FLOPs per token; no weights are allocated.
+
+    [bold]Example:[/bold] diptych model show model/1b corpus.tokenizer.vocab_size=32768
+    """
+    from launch.display import make_console
+    from launch.model import show_model
+
+    show_model(config, overrides or [], make_console())
 
 
 @config_app.command("show")

@@ -14,6 +14,8 @@ from pretrain.data.manifest import SPLITS, Manifest, SourceEntry, SplitEntry
 
 if TYPE_CHECKING:
     from pretrain.data.corpus import CorpusDescription
+    from pretrain.model.summary import ModelSummary
+    from pretrain.training.flops import FlopsPerToken
 
 BAR_WIDTH = 30
 
@@ -120,3 +122,40 @@ def _length_table(manifest: Manifest) -> Table:
     made = table("Documents by length", ["tokens", *SPLITS, ""], rows, numbers_from=0)
     made.columns[-1].justify = "left"
     return made
+
+
+def model_tables(summary: "ModelSummary", title: str) -> Group:
+    """Parameters, heads and layers of `diptych model show`."""
+    rows = [
+        ["head", "-", "the embedding", "-"]
+        if summary.tied and group.name == "head"
+        else [group.name, f"{group.tensors:,}", f"{group.parameters:,}", f"{group.parameters / summary.parameters:.1%}"]
+        for group in summary.groups
+    ]
+    total = ["all", f"{sum(group.tensors for group in summary.groups):,}", f"{summary.parameters:,}", ""]
+    parameters = table(title, ["parameters", "tensors", "number", "share"], [*rows, total])
+    heads = summary.heads
+    split = len(heads.triangles) > 1
+    sub_heads = [[f"{n} sub-heads", f"{heads.logical}", f"{heads.sub_head_width}", t] for n, t in heads.triangles]
+    whole = ["logical heads", f"{heads.logical}", f"{heads.width}", "all of these" if split else heads.triangles[0][1]]
+    columns = ["heads", "number", "width", "each attends to"]
+    layout = table(None, columns, [*sub_heads, whole] if split else [whole])
+    layout.columns[-1].justify = "left"
+    layers = ([f"{g.first} to {g.last}", g.span, g.positions] for g in summary.layers)
+    return Group(parameters, layout, table(None, ["layers", "span", "positions"], layers, numbers_from=3))
+
+
+def flops_table(flops: "FlopsPerToken", sequence_length: int, mask_rate: float) -> Table:
+    """What a training token costs, with triangles counted as triangles and as full attention."""
+    head = mask_rate * flops.head_per_masked_token
+    rows = [
+        ("projections and feed-forward", flops.matrices, flops.matrices),
+        ("attention", flops.attention, flops.attention_as_full),
+        (f"head, {mask_rate:.0%} of the tokens masked", head, head),
+        ("all", flops.total(mask_rate), flops.total_as_full(mask_rate)),
+    ]
+    return table(
+        f"Training FLOPs per token (forward and backward) at length {sequence_length:,}",
+        ["", "pairs attended to", "counted as full attention"],
+        ([name, compact(exact), compact(as_full)] for name, exact, as_full in rows),
+    )

@@ -6,8 +6,9 @@ Nothing here opens a corpus, starts a process or imports torch.
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -350,14 +351,19 @@ def _merge_file(path: Path, including: tuple[Path, ...] = ()) -> DictConfig:
     return merged
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    name: str, overrides: Sequence[str] = (), *, beneath: Mapping[str, Any] = MappingProxyType({})
+) -> RunConfig:
     """Merge includes, then the file, then `KEY=VALUE` overrides, and validate.
+
+    `beneath` is what holds where all of these say nothing, for what needs a part of a run only.
 
     Raises:
         UserError: naming each wrong path, its value, what is allowed and the nearest valid key.
     """
     path = find_config(name)
-    content = _merge_file(path)
+    content = OmegaConf.merge(dict(beneath), _merge_file(path))
+    assert isinstance(content, DictConfig)
     content.setdefault("name", path.stem)
     try:
         for override in overrides:

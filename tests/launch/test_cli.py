@@ -50,7 +50,9 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     result = diptych("--help", cwd=here)
     seconds = time.monotonic() - started
     assert result.returncode == 0
-    assert all(f" {name} " in result.stdout for name in ("quickstart", "train", "data", "evaluate", "runs", "config"))
+    assert all(
+        f" {name} " in result.stdout for name in ("quickstart", "train", "data", "evaluate", "runs", "model", "config")
+    )
     profile = diptych("--help", cwd=here, PYTHONPROFILEIMPORTTIME="1").stderr
     imported = {line.rpartition("|")[2].strip() for line in profile.splitlines()}
     assert "typer" in imported
@@ -68,6 +70,8 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
         "data show",
         "evaluate context",
         "runs",
+        "evaluate probe argmax",
+        "model show",
         "config show",
         "config schema",
     ],

@@ -1,0 +1,29 @@
+"""`diptych evaluate probe`: synthetic probes with progress, and their tables on a terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.display import StageProgress, say
+from launch.local import num_cores
+from launch.tables import table
+from pretrain.evaluation.probes import COLUMNS, TABLE, Attention, Positions, ProbeSettings, run_argmax, table_rows
+
+
+def argmax(
+    folder: Path,
+    attentions: Sequence[Attention],
+    positions: Sequence[Positions],
+    num_seeds: int,
+    steps: int,
+    console: Console,
+) -> None:
+    """Run the argmax probe in `folder` and print its table."""
+    settings, seeds = ProbeSettings(steps=steps), range(num_seeds)
+    with StageProgress(console) as progress:
+        kinds = run_argmax(
+            folder, attentions, positions, seeds, settings, processes=num_cores(), report=progress.report
+        )
+    console.print(table("Where is the largest of 64 values?", COLUMNS, table_rows(kinds), numbers_from=2))
+    say(console, f"report: {folder / TABLE}")
