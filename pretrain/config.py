@@ -102,6 +102,11 @@ class DataConfig(_Section):
 
     sequence_length: Annotated[int, Field(ge=8)] = 128
     """Positions per row."""
+    packing: Literal["padded", "packed", "concatenated"] = "padded"
+    """`padded`: a row holds one document, or one piece of a longer one. `packed`: several, best fit, none cut that
+    fits into a row. `concatenated`: documents one after another, cut wherever a row is full."""
+    cut: Literal["full", "even"] = "full"
+    """How `padded` and `packed` cut a document longer than a row: into full rows and a rest, or evenly."""
     streams: Count = 64
     """Logical streams that the order of rows is cut into; the number of ranks must divide it."""
     workers: Annotated[int, Field(ge=0)] = 1
@@ -449,7 +454,16 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, child in value.items() for key, leaf in _flatten(child, f"{prefix}{name}.").items()}
 
 
-FALSIFYING = ("seed", "model.", "data.sequence_length", "data.streams", "data.mask", "data.random_token_share")
+FALSIFYING = (
+    "seed",
+    "model.",
+    "data.sequence_length",
+    "data.packing",
+    "data.cut",
+    "data.streams",
+    "data.mask",
+    "data.random_token_share",
+)
 """Keys (or beginnings of keys) that a resumed run may not change silently: it would be another run."""
 
 

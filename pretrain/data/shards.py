@@ -104,12 +104,17 @@ class Shard:
                 "`diptych data build` again: it makes the same bytes from the same sources"
             )
         index = np.load(corpus / entry.index_path, allow_pickle=False)
-        self._offsets, self.lengths = index[:, 0].copy(), index[:, 1].copy()
-        self._bytes = np.memmap(corpus / entry.path, dtype=np.uint8, mode="r")
+        self._offsets, self.lengths = index[:, 0].tolist(), index[:, 1].copy()
+        self._num_tokens: list[int] = self.lengths.tolist()
+        self._bytes = np.asarray(np.memmap(corpus / entry.path, dtype=np.uint8, mode="r"))
         self._dtype = np.dtype(token_dtype)
+
+    def num_tokens(self, sample: int) -> int:
+        """Ids of one document."""
+        return self._num_tokens[sample]
 
     def tokens(self, sample: int, start: int, stop: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Ids [start:stop) of one document, read from the tar and nothing else."""
-        begin = int(self._offsets[sample]) + start * self._dtype.itemsize
+        begin = self._offsets[sample] + start * self._dtype.itemsize
         end = begin + (stop - start) * self._dtype.itemsize
         return self._bytes[begin:end].view(self._dtype)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pretrain.data.counter_random import permutation
 from pretrain.data.manifest import Manifest, Split
-from pretrain.data.packing import RowPlan, plan_rows
+from pretrain.data.packing import PackingRule, RowPlan, plan_rows, whole_documents
 from pretrain.data.shards import Shard
 from pretrain.data.tokenizer import BOS, EOS, PAD
 from pretrain.errors import UserError
@@ -56,21 +56,23 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Row:
-    """A padded row before masking."""
+    """A row before masking: documents, or pieces of them, then padding."""
 
     ids: npt.NDArray[np.int64]
     """int64 [L]."""
+    begins: list[int]
+    """The column in which each document begins."""
     length: int
     """Positions that are not padding."""
 
 
 class RowSource:
-    """The shards of one split, as visits: which shard comes when, cut into which rows."""
+    """The shards of one split, as visits: which shard comes when, cut and packed into which rows."""
 
-    def __init__(self, corpus: Path, manifest: Manifest, split: Split, seed: int, sequence_length: int) -> None:
+    def __init__(self, corpus: Path, manifest: Manifest, split: Split, seed: int, packing: PackingRule) -> None:
         self._corpus, self._dtype = corpus, manifest.token_dtype
         self._entries = manifest.splits[split].shards
-        self._seed, self._length = seed, sequence_length
+        self._seed, self._packing = seed, packing
         if not self._entries:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
         self._permutation = lru_cache(maxsize=4)(lambda epoch: permutation(len(self._entries), seed, _SHARDS, epoch))
@@ -84,20 +86,27 @@ class RowSource:
         """The shard of visit number `dealt` (over all streams), verified, and its rows in order."""
         epoch, card = divmod(dealt, len(self._entries))
         shard = Shard(self._corpus, self._entries[self._permutation(epoch)[card]], self._dtype)
-        return shard, plan_rows(shard.lengths, self._length, self._seed, _ROWS, dealt)
+        return shard, plan_rows(whole_documents(shard.lengths), self._packing, self._seed, _ROWS, dealt)
 
     def read(self, shard: Shard, plan: RowPlan, row: int) -> Row:
         """One row's ids, with begin and end symbols, padded."""
-        sample, start, length = int(plan.samples[row]), int(plan.starts[row]), int(plan.lengths[row])
-        num_ids = int(shard.lengths[sample])
-        ids = np.full(self._length, PAD, dtype=np.int64)
-        first, last = max(start, 1), min(start + length, num_ids + 1)
-        ids[first - start : last - start] = shard.tokens(sample, first - 1, last - 1)
-        if start == 0:
-            ids[0] = BOS
-        if start + length == num_ids + 2:
-            ids[length - 1] = EOS
-        return Row(ids, length)
+        ids = np.full(self._packing.sequence_length, PAD, dtype=np.int64)
+        begins, column = [], 0
+        pieces = slice(plan.bounds[row], plan.bounds[row + 1])
+        of_pieces = (field[pieces].tolist() for field in (plan.samples, plan.starts, plan.lengths))
+        for sample, start, length in zip(*of_pieces, strict=True):
+            begins.append(column)
+            end = column + length
+            num_ids = shard.num_tokens(sample)
+            first, last = max(start - 1, 0), min(start + length - 1, num_ids)
+            if start == 0:
+                ids[column] = BOS
+            begin = column + first + 1 - start
+            ids[begin : begin + last - first] = shard.tokens(sample, first, last)
+            if start + length == num_ids + 2:
+                ids[end - 1] = EOS
+            column = end
+        return Row(ids, begins, column)
 
 
 class StreamReader:
