@@ -109,6 +109,11 @@ class DataConfig(_Section):
     """How `padded` and `packed` cut a document longer than a row: into full rows and a rest, or evenly."""
     streams: Count = 64
     """Logical streams that the order of rows is cut into; the number of ranks must divide it."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A shard that is missing or not what the manifest says: stop and name it, or go on without its samples, on every
+    rank alike, and count them."""
+    cache: AbsolutePath | None = None
+    """Folder on each node for what it has verified and fetched; by default `diptych` in the user's cache folder."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process. The order of rows does not depend on it."""
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -15,8 +15,9 @@ from pretrain.data.counter_random import bits
 from pretrain.data.manifest import TOKENIZER, Manifest, Split
 from pretrain.data.masking import MaskingRule, mask_rows
 from pretrain.data.packing import PackingRule
-from pretrain.data.stream import Row, RowSource, StreamReader, StreamState
+from pretrain.data.stream import Row, RowSource, ShardAccess, StreamReader, StreamState
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.verified import VerifiedShards, default_cache
 from pretrain.errors import UserError
 
 _MASKS = {"train": 3, "valid": 4, "test": 5}
@@ -41,6 +42,11 @@ def masking_rule(config: RunConfig) -> MaskingRule:
 def packing_rule(config: RunConfig) -> PackingRule:
     """How the run puts documents into rows."""
     return PackingRule(config.data.sequence_length, config.data.packing, config.data.cut)
+
+
+def shard_access(config: RunConfig) -> ShardAccess:
+    """How the run checks its shards."""
+    return ShardAccess(VerifiedShards(config.data.cache or default_cache()), config.data.on_corrupt)
 
 
 def make_batch(rows: list[Row], numbers: list[int], rule: MaskingRule, seed: int, split: Split) -> Batch:
@@ -100,7 +106,7 @@ def training_steps(
     Raises:
         UserError: the corpus has fewer training shards than the run has streams.
     """
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, packing_rule(config))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, packing_rule(config), shard_access(config))
     if source.num_shards < config.data.streams:
         raise UserError(
             f"the corpus at {config.corpus.path} is too small for its streams: {source.num_shards} training shards for "
@@ -129,9 +135,9 @@ def validation_batches(
     Every rank gives equally many batches, so that they can be evaluated together under any sharding; where the rows
     do not suffice, a row of padding stands in.
     """
-    source = RowSource(config.corpus.path, manifest, "valid", config.seed, packing_rule(config))
+    source = RowSource(config.corpus.path, manifest, "valid", config.seed, packing_rule(config), shard_access(config))
     rule = masking_rule(config)
-    rows_in_epoch = sum(len(source.open(visit)[1]) for visit in range(source.num_shards))
+    rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
     total = min(config.training.validation_rows, rows_in_epoch)
     reader = StreamReader(source, StreamState.start(1))
     taken = [

@@ -38,10 +38,8 @@ def first_steps(config, manifest, count, world_size=1, states=None):
 def merged(states: list[StreamState]) -> StreamState:
     """What a checkpoint holds: each stream's state from the rank that reads it."""
     streams, world_size = len(states[0].visits), len(states)
-    owner = [states[s % world_size] for s in range(streams)]
-    visits = np.array([o.visits[s] for s, o in enumerate(owner)])
-    rows = np.array([o.rows[s] for s, o in enumerate(owner)])
-    return StreamState.from_json(StreamState(states[0].position, visits, rows).to_json())
+    parts = [state.of_streams(range(rank, streams, world_size)) for rank, state in enumerate(states)]
+    return StreamState.from_json(states[0].merged(parts).to_json())
 
 
 @pytest.mark.parametrize(
