@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.data.counter_random import bits
 from pretrain.data.manifest import TOKENIZER, Manifest, Split
-from pretrain.data.masking import MaskingRule, mask_rows
+from pretrain.data.masking import MaskingRule, mask_rows, rate_at
 from pretrain.data.packing import PackingRule
 from pretrain.data.stream import Row, RowSource, ShardAccess, StreamReader, StreamState
 from pretrain.data.tokenizer import Tokenizer
@@ -35,8 +35,7 @@ class StepRows:
 def masking_rule(config: RunConfig) -> MaskingRule:
     """The run's corruption of rows, over the corpus' vocabulary."""
     tokenizer = Tokenizer(config.corpus.path / TOKENIZER)
-    data = config.data
-    return MaskingRule.from_tokenizer(tokenizer, data.mask_rate, data.mask_token_share, data.random_token_share)
+    return MaskingRule.from_tokenizer(tokenizer, config.data)
 
 
 def packing_rule(config: RunConfig) -> PackingRule:
@@ -84,10 +83,13 @@ class _TrainingSteps(IterableDataset[StepRows]):
         step = 0
         while True:
             mine = step % num_workers == worker
+            positions = reader.state.positions
             taken = list(reader.rows(self._config.training.batch_size, read=mine))
             if mine:
                 numbers, rows = [number for number, _ in taken], [row for _, row in taken if row is not None]
-                yield StepRows(make_batch(rows, numbers, self._rule, self._config.seed, "train"), reader.state)
+                data, total = self._config.data, self._config.training.tokens
+                rule = replace(self._rule, rate=rate_at(positions, total, data.mask_rate, data.final_mask_rate))
+                yield StepRows(make_batch(rows, numbers, rule, self._config.seed, "train"), reader.state)
             step += 1
 
 

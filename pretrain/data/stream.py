@@ -43,6 +43,8 @@ class StreamState:
 
     position: int
     """Rows taken, over all streams."""
+    positions: int
+    """Their positions, padding included."""
     visits: npt.NDArray[np.int64]
     """int64 [S]: the visit at hand of each stream, 0 for its first."""
     rows: npt.NDArray[np.int64]
@@ -54,16 +56,17 @@ class StreamState:
     def start(cls, streams: int) -> "StreamState":
         """Nothing taken yet."""
         visits, rows, lost = np.zeros((3, streams), dtype=np.int64)
-        return cls(0, visits, rows, lost)
+        return cls(0, 0, visits, rows, lost)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"position": self.position, **{name: getattr(self, name).tolist() for name in PER_STREAM}}
+        numbers = {"position": self.position, "positions": self.positions}
+        return {**numbers, **{name: getattr(self, name).tolist() for name in PER_STREAM}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StreamState":
         """The inverse of `to_json`."""
-        return cls(value["position"], *(np.array(value[name], np.int64) for name in PER_STREAM))
+        return cls(value["position"], value["positions"], *(np.array(value[name], np.int64) for name in PER_STREAM))
 
     def of_streams(self, streams: Iterable[int]) -> dict[int, list[int]]:
         """The numbers of some streams, by stream."""
@@ -76,7 +79,7 @@ class StreamState:
             for stream, numbers in part.items():
                 for name, number in zip(PER_STREAM, numbers, strict=True):
                     fields[name][stream] = number
-        return StreamState(self.position, **fields)
+        return StreamState(self.position, self.positions, **fields)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class RowSource:
     def num_shards(self) -> int:
         """Shards of the split."""
         return len(self._entries)
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions per row."""
+        return self._packing.sequence_length
 
     def entry(self, dealt: int) -> ShardEntry:
         """The shard of visit number `dealt` (over all streams)."""
@@ -190,14 +198,14 @@ class StreamReader:
         assert len(state.visits) % world_size == 0, "the config check lets only divisors of the streams through"
         self._source, self._rank, self._world_size = source, rank, world_size
         self._streams = len(state.visits)
-        self._position = state.position
+        self._position, self._positions = state.position, state.positions
         self._visits, self._rows, self._lost = state.visits.copy(), state.rows.copy(), state.lost.copy()
         self._at_hand: dict[int, tuple[Shard, RowPlan]] = {}
 
     @property
     def state(self) -> StreamState:
         """After the last row that `rows` gave. Entries of other ranks' streams are theirs to report."""
-        return StreamState(self._position, self._visits.copy(), self._rows.copy(), self._lost.copy())
+        return StreamState(self._position, self._positions, self._visits.copy(), self._rows.copy(), self._lost.copy())
 
     @property
     def own_streams(self) -> npt.NDArray[np.int64]:
@@ -211,6 +219,7 @@ class StreamReader:
         a rank's streams and still keep one order.
         """
         first, self._position = self._position, self._position + count
+        self._positions += count * self._source.sequence_length
         for number in range(first + (self._rank - first) % self._world_size, first + count, self._world_size):
             stream = number % self._streams
             shard, plan = self._open_with_rows_left(stream)
