@@ -35,16 +35,18 @@ class SourceConfig(_Section):
 
     path: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
     """A file, a folder (read recursively) or a glob; relative to the working directory."""
-    format: Literal["auto", "text", "jsonl", "fasta"] = "auto"
-    """`auto` decides by the name: .txt, .jsonl, .fasta, .fa or .faa, each also with .gz."""
+    format: Literal["auto", "text", "jsonl", "fasta", "parquet", "webdataset"] = "auto"
+    """`auto` decides by the name: .txt, .jsonl, .fasta, .fa, .faa, .parquet or .tar, each also with .gz or .zst (but
+    parquet). A WebDataset tar gives a document for each sample with a .txt, or a .json with the text field."""
     name: str | None = None
     """What the corpus calls this source; by default the last part of the path."""
     separator: str | None = None
-    """Text only: a regular expression; every line that it matches starts a new document. Without it, a file is one."""
+    """Text only: a regular expression; every line that it matches starts a new document. Without it, a file is one.
+    `^\\s*$` splits at blank lines, which then belong to no document."""
     text_field: str = "text"
-    """JSONL only: the field that holds the text."""
+    """JSON and parquet only: the field that holds the text."""
     id_field: str = "id"
-    """JSONL only: the field that holds the document's id; the line number where it is absent."""
+    """JSON and parquet only: the field that holds the document's id; the line number where it is absent."""
 
 
 class TokenizerConfig(_Section):
@@ -79,6 +81,21 @@ class SplitsConfig(_Section):
         return self
 
 
+class FilterConfig(_Section):
+    """Which documents a build leaves out; the manifest counts how many for each reason and source."""
+
+    min_characters: Annotated[int, Field(ge=0)] = 0
+    """Leave out shorter documents."""
+    max_characters: Count | None = None
+    """Leave out longer documents."""
+    min_letters: Share = 0.0
+    """Leave out documents in which fewer of the characters that are not white space are letters, of any script."""
+    max_repeated_lines: Share = 1.0
+    """Leave out documents in which more of the lines (blank ones not counted) stand in the document before."""
+    deduplicate: bool = False
+    """Keep only the first of documents whose text is equal but for white space, over all sources."""
+
+
 class CorpusConfig(_Section):
     """How `diptych data build` makes a corpus, and where it lies."""
 
@@ -88,6 +105,7 @@ class CorpusConfig(_Section):
     """Raw documents to build from. Empty: the corpus must exist already."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     splits: SplitsConfig = SplitsConfig()
+    filters: FilterConfig = FilterConfig()
     shard_bytes: Annotated[int, Field(ge=2**16)] = 64 * 2**20
     """Largest size of a shard, except that a single document is never cut."""
     min_train_shards: Count = 64
@@ -103,12 +121,29 @@ class DataConfig(_Section):
 
     sequence_length: Annotated[int, Field(ge=8)] = 128
     """Positions per row."""
+    packing: Literal["padded", "packed", "concatenated"] = "padded"
+    """`padded`: a row holds one document, or one piece of a longer one. `packed`: several, best fit, none cut that
+    fits into a row. `concatenated`: documents one after another, cut wherever a row is full."""
+    cut: Literal["full", "even"] = "full"
+    """How `padded` and `packed` cut a document longer than a row: into full rows and a rest, or evenly."""
     streams: Count = 64
     """Logical streams that the order of rows is cut into; the number of ranks must divide it."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A shard that is missing or not what the manifest says: stop and name it, or go on without its samples, on every
+    rank alike, and count them."""
+    cache: AbsolutePath | None = None
+    """Folder on each node for what it has verified and fetched; by default `diptych` in the user's cache folder."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process. The order of rows does not depend on it."""
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the tokens (special symbols excluded) that are to be predicted."""
+    final_mask_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """If given, the rate goes linearly from `mask_rate` to this while `training.tokens` positions are dealt; padding
+    counts here, since no rank knows what is in the rows of the others."""
+    mask_unit: Literal["token", "span", "whole_word"] = "token"
+    """What is masked as one: tokens, runs of tokens, or all pieces of a word. The share of tokens is the same."""
+    mean_span_length: Annotated[float, Field(gt=1)] = 3.0
+    """Tokens in a run, on average, for `mask_unit: span`; at least 1 / (1 - mask rate)."""
     mask_token_share: Share = 0.8
     """Of those, the share replaced by [MASK]."""
     random_token_share: Share = 0.1
@@ -118,6 +153,12 @@ class DataConfig(_Section):
     def _shares_fit(self) -> "DataConfig":
         if self.mask_token_share + self.random_token_share > 1:
             raise ValueError("mask_token_share + random_token_share is more than 1")
+        rate = max(self.mask_rate, self.final_mask_rate or 0)
+        if self.mask_unit == "span" and self.mean_span_length < 1 / (1 - rate):
+            raise ValueError(
+                f"runs of mean_span_length = {self.mean_span_length:g} are too short for a mask rate of {rate:g}, "
+                f"where single tokens make longer ones; use at least {1 / (1 - rate):.3g}"
+            )
         return self
 
 
@@ -455,7 +496,16 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, child in value.items() for key, leaf in _flatten(child, f"{prefix}{name}.").items()}
 
 
-FALSIFYING = ("seed", "model.", "data.sequence_length", "data.streams", "data.mask", "data.random_token_share")
+FALSIFYING = (
+    "seed",
+    "model.",
+    "data.sequence_length",
+    "data.packing",
+    "data.cut",
+    "data.streams",
+    "data.mask",
+    "data.random_token_share",
+)
 """Keys (or beginnings of keys) that a resumed run may not change silently: it would be another run."""
 
 

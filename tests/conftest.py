@@ -53,7 +53,7 @@ def make_config(corpus_values: dict[str, Any], tmp_path: Path) -> Callable[..., 
             "runs": str(tmp_path / "runs"),
             "seed": 7,
             "corpus": corpus_values,
-            "data": {"sequence_length": 32, "streams": 16, "workers": 0},
+            "data": {"sequence_length": 32, "streams": 16, "workers": 0, "cache": str(tmp_path / "cache")},
             "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
             "training": {"tokens": 12_000, "batch_size": 16, "micro_batch_size": 4, "validation_rows": 40},
         }

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import CorpusConfig, SplitsConfig
+from pretrain.data.filters import reason_to_remove
 from pretrain.data.manifest import SPLITS, SourceEntry, Split
 from pretrain.data.readers import Document, InputFile, read_documents, source_name
 from pretrain.errors import UserError
@@ -22,6 +23,8 @@ from pretrain.errors import UserError
 Report = Callable[[str, int, int], None]
 """Called with a stage, the characters done and the characters in all (0 while that is not known)."""
 
+REMOVED = 255
+"""Stands for a split where a filter left the document out."""
 _REPORT_EVERY = 2**20
 _OVERHEAD_BYTES = 2560
 """Of a document in a shard, at most: two tar headers, the .npy header, the .json member and their padding."""
@@ -32,7 +35,7 @@ class Scan:
     """All documents in reading order; every array is [documents]."""
 
     splits: npt.NDArray[np.uint8]
-    """Index into SPLITS."""
+    """Index into SPLITS, or REMOVED."""
     hashes: npt.NDArray[np.uint64]
     characters: npt.NDArray[np.int64]
     utf8_bytes: npt.NDArray[np.int64]
@@ -41,7 +44,7 @@ class Scan:
     @property
     def total_characters(self) -> int:
         """Over all splits."""
-        return int(self.characters.sum())
+        return int(self.characters[self.splits != REMOVED].sum())
 
     def count(self, split: Split) -> int:
         """Documents in a split."""
@@ -80,14 +83,22 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
     """
     splits, hashes, characters, utf8_bytes = bytearray(), array("Q"), array("q"), array("q")
     sources: list[SourceEntry] = []
+    seen: set[int] = set()
     done = reported = 0
     for source, files in zip(config.sources, inputs, strict=True):
-        skipped: Counter[str] = Counter()
-        first, first_done = len(hashes), done
+        skipped, kept = Counter[str](), Counter[str]()
         one_source = config.model_copy(update={"sources": [source]})
         for document in all_documents(one_source, [files], [skipped]):
             digest = text_hash(document.text)
-            splits.append(SPLITS.index(split_of(digest, config.splits)))
+            reason = reason_to_remove(document.text, config.filters)
+            if reason is None and config.filters.deduplicate:
+                reason = "duplicate" if digest in seen else None
+                seen.add(digest)
+            if reason:
+                skipped[reason] += 1
+            else:
+                kept += Counter(documents=1, characters=len(document.text))
+            splits.append(REMOVED if reason else SPLITS.index(split_of(digest, config.splits)))
             hashes.append(digest)
             characters.append(len(document.text))
             utf8_bytes.append(len(document.text.encode()))
@@ -99,8 +110,8 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
             SourceEntry(
                 name=source_name(source),
                 files=len(files),
-                documents=len(hashes) - first,
-                characters=done - first_done,
+                documents=kept["documents"],
+                characters=kept["characters"],
                 skipped=dict(sorted(skipped.items())),
             )
         )
@@ -122,13 +133,13 @@ def check_large_enough(config: CorpusConfig, found: Scan) -> None:
     Raises:
         UserError: with the number of documents and settings that would work.
     """
-    documents = len(found.splits)
+    documents = int((found.splits != REMOVED).sum())
     if not documents:
         skipped = sum((Counter(source.skipped) for source in found.sources), Counter[str]())
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items()) or "none was skipped"
         raise UserError(
             f"no document in the {sum(s.files for s in found.sources):,} files of corpus.sources (bad records: "
-            f"{reasons}); look at the files, and at text_field, separator and format of the sources"
+            f"{reasons}); look at the files, at text_field, separator and format of the sources, and at corpus.filters"
         )
     more = "add documents, cut text into more of them with corpus.sources[].separator"
     held_out: tuple[Split, ...] = ("valid", "test")

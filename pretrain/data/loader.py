@@ -2,9 +2,10 @@
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -12,9 +13,11 @@ from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.data.counter_random import bits
 from pretrain.data.manifest import TOKENIZER, Manifest, Split
-from pretrain.data.masking import MaskingRule, mask_rows
-from pretrain.data.stream import Row, RowSource, StreamReader, StreamState
+from pretrain.data.masking import MaskingRule, mask_rows, rate_at
+from pretrain.data.packing import PackingRule
+from pretrain.data.stream import Row, RowSource, ShardAccess, StreamReader, StreamState
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.verified import VerifiedShards, default_cache
 from pretrain.errors import UserError
 
 _MASKS = {"train": 3, "valid": 4, "test": 5}
@@ -36,19 +39,36 @@ class StepRows:
 def masking_rule(config: RunConfig) -> MaskingRule:
     """The run's corruption of rows, over the corpus' vocabulary."""
     tokenizer = Tokenizer(config.corpus.path / TOKENIZER)
-    data = config.data
-    return MaskingRule.from_tokenizer(tokenizer, data.mask_rate, data.mask_token_share, data.random_token_share)
+    return MaskingRule.from_tokenizer(tokenizer, config.data)
+
+
+def packing_rule(config: RunConfig) -> PackingRule:
+    """How the run puts documents into rows."""
+    return PackingRule(config.data.sequence_length, config.data.packing, config.data.cut)
+
+
+def shard_access(config: RunConfig) -> ShardAccess:
+    """How the run checks its shards."""
+    return ShardAccess(VerifiedShards(config.data.cache or default_cache()), config.data.on_corrupt)
 
 
 def make_batch(rows: list[Row], numbers: list[int], rule: MaskingRule, seed: int, split: Split) -> Batch:
     """Mask rows and stack them; a row's mask depends on (seed, split, its global number) alone."""
     ids = np.stack([row.ids for row in rows])
-    lengths = np.array([row.length for row in rows])[:, None]
-    columns = np.arange(ids.shape[1])[None, :]
     input_ids, labels = mask_rows(ids, bits(seed, _MASKS[split], np.array(numbers)), rule)
-    inside = columns < lengths
-    fields = (input_ids, labels, inside.astype(np.int64), np.where(inside, columns, 0))
+    fields = (input_ids, labels, *document_columns(rows, ids.shape[1]))
     return Batch(*(torch.from_numpy(np.ascontiguousarray(field)) for field in fields))
+
+
+def document_columns(rows: list[Row], sequence_length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`document_ids` and `position_ids` of a batch, each int64 [B, L]."""
+    columns = np.arange(sequence_length)[None, :]
+    begins = np.zeros((len(rows), sequence_length), dtype=np.int64)
+    for begins_of_row, row in zip(begins, rows, strict=True):
+        begins_of_row[row.begins] = 1
+    inside = columns < np.array([row.length for row in rows])[:, None]
+    positions = columns - np.maximum.accumulate(begins * columns, axis=1)
+    return np.cumsum(begins, axis=1) * inside, positions * inside
 
 
 class _TrainingSteps(IterableDataset[StepRows]):
@@ -67,10 +87,13 @@ class _TrainingSteps(IterableDataset[StepRows]):
         step = 0
         while True:
             mine = step % num_workers == worker
+            positions = reader.state.positions
             taken = list(reader.rows(self._config.training.batch_size, read=mine))
             if mine:
                 numbers, rows = [number for number, _ in taken], [row for _, row in taken if row is not None]
-                yield StepRows(make_batch(rows, numbers, self._rule, self._config.seed, "train"), reader.state)
+                data, total = self._config.data, self._config.training.tokens
+                rule = replace(self._rule, rate=rate_at(positions, total, data.mask_rate, data.final_mask_rate))
+                yield StepRows(make_batch(rows, numbers, rule, self._config.seed, "train"), reader.state)
             step += 1
 
 
@@ -89,7 +112,7 @@ def training_steps(
     Raises:
         UserError: the corpus has fewer training shards than the run has streams.
     """
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, config.data.sequence_length)
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, packing_rule(config), shard_access(config))
     if source.num_shards < config.data.streams:
         raise UserError(
             f"the corpus at {config.corpus.path} is too small for its streams: {source.num_shards} training shards for "
@@ -118,9 +141,9 @@ def validation_batches(
     Every rank gives equally many batches, so that they can be evaluated together under any sharding; where the rows
     do not suffice, a row of padding stands in.
     """
-    source = RowSource(config.corpus.path, manifest, "valid", config.seed, config.data.sequence_length)
+    source = RowSource(config.corpus.path, manifest, "valid", config.seed, packing_rule(config), shard_access(config))
     rule = masking_rule(config)
-    rows_in_epoch = sum(len(source.open(visit)[1]) for visit in range(source.num_shards))
+    rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
     total = min(config.training.validation_rows, rows_in_epoch)
     reader = StreamReader(source, StreamState.start(1))
     taken = [
@@ -129,7 +152,7 @@ def validation_batches(
         if row is not None and number % world_size == rank % world_size
     ]
     share = -(-total // world_size)
-    filler = Row(np.zeros(config.data.sequence_length, dtype=np.int64), 0)
+    filler = Row(np.zeros(config.data.sequence_length, dtype=np.int64), [], 0)
     taken += [(0, filler)] * (share - len(taken))
     for start in range(0, share, rows_per_batch):
         numbers, rows = zip(*taken[start : start + rows_per_batch], strict=True)

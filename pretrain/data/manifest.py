@@ -30,8 +30,8 @@ class _Entry(BaseModel):
 class ShardEntry(_Entry):
     """One WebDataset tar and the index beside it."""
 
-    path: str
-    """Relative to the corpus folder, for instance train/shard-000000.tar."""
+    path: Annotated[str, Field(pattern=r"^(train|valid|test)/[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")]
+    """Relative to the corpus folder, for instance train/shard-000000.tar; never outside of it."""
     bytes: int
     sha256: Digest
     index_sha256: Digest

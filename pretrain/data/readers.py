@@ -1,4 +1,4 @@
-"""Raw files -> `Document`: plain text, JSON lines and FASTA, each also gzipped, streamed one document at a time.
+"""Raw files -> `Document`, streamed one at a time: plain text, JSON lines and FASTA here; containers.py has the rest.
 
 What a record is, which ones are bad and how they are named in an error is decided here; tokens and shards are not.
 """
@@ -11,54 +11,23 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Literal, cast
 
 from pretrain.config import SourceConfig
+from pretrain.data.containers import open_zstd, parquet_records, webdataset_records
+from pretrain.data.documents import BadRecord, DamagedFileError, Document, Format, InputFile, Record, decode_utf8
 from pretrain.data.tokenizer import RESIDUES
 from pretrain.errors import UserError
 
-Format = Literal["text", "jsonl", "fasta"]
 SUFFIXES: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta"}
+SUFFIXES |= {".parquet": "parquet", ".tar": "webdataset"}
+_PACKED = (".gz", ".zst")
 _SKIP_HINT = "(--on-bad skip / corpus.on_bad=skip leaves such records out and counts them)"
 _ILLEGAL_RESIDUE = re.compile(f"[^{RESIDUES}]")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document as it was read."""
-
-    id: str
-    """Says where it came from: the record's own id, or file name and line."""
-    text: str
-    source: str
-    """Name of the source."""
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One raw file of a source."""
-
-    path: Path
-    label: str
-    """Its name in document ids: relative to the source's folder, so that it does not depend on where that lies."""
-    format: Format
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A record that cannot be read."""
-
-    reason: str
-    """A few words, the same for all records with this defect: what skipped records are counted by."""
-    message: str
-    """File, place and defect, for the error."""
-
-
-_Record = tuple[str, str] | BadRecord
-"""Id and text, or why there is none."""
 _Line = tuple[int, int, bytes]
 """Number from 1, byte offset in the (unpacked) file, bytes with the line break."""
 
@@ -85,7 +54,7 @@ def find_inputs(source: SourceConfig) -> list[InputFile]:
         root = _fixed_part(place)
     if not paths:
         accepted = ", ".join(s for s, f in SUFFIXES.items() if source.format in ("auto", f))
-        inside = f"a folder without {accepted} files (or .gz of them)" if place.is_dir() else "nothing there"
+        inside = f"a folder without {accepted} files (or .gz or .zst of them)" if place.is_dir() else "nothing there"
         raise UserError(
             f"source {source.path!r} matches no file ({inside}); "
             "set corpus.sources[].path to a file, a folder or a glob (relative to the working directory)"
@@ -107,7 +76,7 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _known_format(path: Path) -> Format | None:
-    return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix)
+    return SUFFIXES.get(Path(path.stem if path.suffix in _PACKED else path.name).suffix)
 
 
 def _accepts(source: SourceConfig, path: Path) -> bool:
@@ -121,8 +90,8 @@ def _format_of(source: SourceConfig, path: Path) -> Format:
     known = _known_format(path)
     if known is None:
         raise UserError(
-            f"cannot tell the format of {path} from its name (known: {', '.join(SUFFIXES)}, each also with .gz); "
-            "set corpus.sources[].format to text, jsonl or fasta, or narrow corpus.sources[].path"
+            f"cannot tell the format of {path} from its name (known: {', '.join(SUFFIXES)}, with .gz or .zst too); set "
+            "corpus.sources[].format to text, jsonl, fasta, parquet or webdataset, or narrow corpus.sources[].path"
         )
     return known
 
@@ -159,22 +128,34 @@ def read_documents(
                 yield Document(*record, source=name)
 
 
-def _records(file: InputFile, source: SourceConfig) -> Iterator[_Record]:
+def _records(file: InputFile, source: SourceConfig) -> Iterator[Record]:
     try:
-        opener = gzip.open if file.path.name.endswith(".gz") else Path.open
-        with cast(BufferedReader, opener(file.path, "rb")) as stream:
+        if file.format == "parquet":
+            yield from parquet_records(file, source)
+            return
+        with _open(file.path) as stream:
             if not stream.peek(1):
                 yield BadRecord("empty file", f"{file.path} is empty.")
             elif file.format == "text":
                 yield from _text_records(file, stream, source.separator)
             elif file.format == "jsonl":
                 yield from _json_records(file, stream, source)
+            elif file.format == "webdataset":
+                yield from webdataset_records(file, stream, source)
             else:
                 yield from _fasta_records(file, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield BadRecord("damaged gzip", f"{file.path} is truncated or damaged, or is no gzip file: {error}.")
+    except DamagedFileError as error:
+        yield BadRecord("damaged zstandard", f"{file.path} is truncated or damaged, or is no .zst file: {error}.")
     except OSError as error:
         raise UserError(f"{file.path} cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> BufferedReader:
+    if path.suffix == ".zst":
+        return open_zstd(path)
+    return cast(BufferedReader, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
 
 
 def _lines(stream: BufferedReader) -> Iterator[_Line]:
@@ -185,19 +166,13 @@ def _lines(stream: BufferedReader) -> Iterator[_Line]:
 
 
 def _decode(file: InputFile, offset: int, raw: bytes) -> str | BadRecord:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(
-            "not UTF-8",
-            f"{file.path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {offset + error.start:,}.",
-        )
+    return decode_utf8(str(file.path), offset, raw)
 
 
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def _text_records(file: InputFile, stream: BufferedReader, separator: str | None) -> Iterator[_Record]:
+def _text_records(file: InputFile, stream: BufferedReader, separator: str | None) -> Iterator[Record]:
     if separator is None:
         text = _decode(file, 0, stream.read())
         yield text if isinstance(text, BadRecord) else (file.label, text.removeprefix("\ufeff"))
@@ -215,24 +190,25 @@ def _text_records(file: InputFile, stream: BufferedReader, separator: str | None
         if pattern.search(line.rstrip("\r\n")) and (parts or bad):
             yield bad or (f"{file.label}:{start}", "".join(parts))
             start, parts, bad = number, [], None
-        parts.append(line)
+        if line.strip() or not pattern.search(line.rstrip("\r\n")):
+            parts.append(line)
     yield bad or (f"{file.label}:{start}", "".join(parts))
 
 
 # ------------------------------------------------------------------------------------------------------- JSON lines
 
 
-def _json_records(file: InputFile, stream: BufferedReader, source: SourceConfig) -> Iterator[_Record]:
+def _json_records(file: InputFile, stream: BufferedReader, source: SourceConfig) -> Iterator[Record]:
     for number, offset, raw in _lines(stream):
         line = _decode(file, offset, raw)
         if isinstance(line, BadRecord):
             yield line
         elif line.strip():
-            yield _json_record(file, number, line, source)
+            yield json_record(f"{file.path}:{number}", f"{file.label}:{number}", line, source)
 
 
-def _json_record(file: InputFile, number: int, line: str, source: SourceConfig) -> _Record:
-    where = f"{file.path}:{number}"
+def json_record(where: str, default_id: str, line: str, source: SourceConfig) -> Record:
+    """The document of a JSON object; `where` names it in errors."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -250,7 +226,7 @@ def _json_record(file: InputFile, number: int, line: str, source: SourceConfig) 
     if not isinstance(text, str):
         kind = type(text).__name__
         return BadRecord("text is no string", f"{where}: field {source.text_field!r} is {kind}, expected a string.")
-    document_id = str(value.get(source.id_field, f"{file.label}:{number}"))
+    document_id = str(value.get(source.id_field, default_id))
     try:
         (text + document_id).encode()
     except UnicodeEncodeError as error:
@@ -262,7 +238,7 @@ def _json_record(file: InputFile, number: int, line: str, source: SourceConfig) 
 # ------------------------------------------------------------------------------------------------------------ FASTA
 
 
-def _fasta_records(file: InputFile, stream: BufferedReader) -> Iterator[_Record]:
+def _fasta_records(file: InputFile, stream: BufferedReader) -> Iterator[Record]:
     header: str | None = None
     parts, bad = list[str](), None
     for _, offset, raw in _lines(stream):
@@ -281,7 +257,7 @@ def _fasta_records(file: InputFile, stream: BufferedReader) -> Iterator[_Record]
         yield bad or _fasta_record(file, header, parts)
 
 
-def _fasta_record(file: InputFile, header: str | None, parts: list[str]) -> _Record:
+def _fasta_record(file: InputFile, header: str | None, parts: list[str]) -> Record:
     if header is None:
         return BadRecord("no FASTA header", f"{file.path} does not begin with a '>' line, so it is no FASTA file.")
     words = header[1:].split(maxsplit=1)
@@ -290,7 +266,7 @@ def _fasta_record(file: InputFile, header: str | None, parts: list[str]) -> _Rec
     return _protein(file.path, words[0], "".join(parts))
 
 
-def _protein(path: Path, record_id: str, text: str) -> _Record:
+def _protein(path: Path, record_id: str, text: str) -> Record:
     """The sequence in capitals, without white space and without the final stop."""
     sequence = "".join(text.split()).upper().removesuffix("*")
     if not sequence:

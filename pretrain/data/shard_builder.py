@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pretrain.data.build_plan import Scan
+from pretrain.data.build_plan import REMOVED, Scan
 from pretrain.data.manifest import SPLITS, TOKENIZER, ShardEntry, Split
 from pretrain.data.readers import Document
 from pretrain.data.shards import EncodedDocument, write_shard
@@ -95,6 +95,8 @@ def deal_to_groups(
     for number, document in enumerate(documents):
         if number >= len(found.splits):
             raise UserError(RAW_FILES_CHANGED)
+        if found.splits[number] == REMOVED:
+            continue
         split = SPLITS[found.splits[number]]
         group = open_groups[split]
         if group in missing:

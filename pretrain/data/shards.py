@@ -5,8 +5,7 @@ of a document lie in the tar, and they are read from there.
 """
 
 import io
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import webdataset as wds
 
 from pretrain.data.manifest import ShardEntry
+from pretrain.data.tar import TarMember, tar_members
 from pretrain.errors import UserError
 from pretrain.files import atomic_path, sha256_of
 
@@ -54,26 +54,35 @@ def index_shard(path: Path) -> npt.NDArray[np.int64]:
     """int64 [samples, 2]: where the token ids of each .npy member begin in the tar, in bytes, and how many they are.
 
     Raises:
-        UserError: a member is not a plain one-dimensional array of unsigned integers.
+        UserError: the tar is damaged, or a member is not a plain one-dimensional array of unsigned integers.
     """
     rows = []
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not (member.isfile() and member.name.endswith(".npy")):
-                continue
-            file = tar.extractfile(member)
-            assert file is not None
-            header = io.BytesIO(file.read(256))
-            try:
-                version = np.lib.format.read_magic(header)
-                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, _, dtype = read[version](header)
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{path}: member {member.name} is not a .npy array: {error}") from error
-            if len(shape) != 1 or dtype.kind != "u":
-                raise UserError(f"{path}: member {member.name} is {dtype} {shape}, expected one row of unsigned ids")
-            rows.append((member.offset_data + header.tell(), shape[0]))
+    with path.open("rb") as archive:
+        for member in tar_members(archive, str(path)):
+            if member.name.endswith(".npy"):
+                offset, count, _ = read_npy_header(member, str(path))
+                rows.append((member.offset + offset, count))
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+
+def read_npy_header(member: TarMember, label: str) -> tuple[int, int, np.dtype[Any]]:
+    """Where the ids begin in a .npy member, how many they are, and of which type.
+
+    Raises:
+        UserError: it is not a plain one-dimensional array of integers; a pickle is not.
+    """
+    header = io.BytesIO(member.content)
+    try:
+        version = np.lib.format.read_magic(header)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[version](header)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{label}: member {member.name} is not a .npy array: {error}") from error
+    if len(shape) != 1 or dtype.kind not in "ui" or dtype != dtype.newbyteorder("<"):
+        raise UserError(f"{label}: member {member.name} is {dtype} {shape}, expected one row of token ids")
+    if header.tell() + shape[0] * dtype.itemsize != len(member.content):
+        raise UserError(f"{label}: member {member.name} does not hold the {shape[0]:,} ids of its header")
+    return header.tell(), shape[0], dtype
 
 
 def verify_shard(corpus: Path, entry: ShardEntry) -> str | None:
@@ -89,27 +98,57 @@ def verify_shard(corpus: Path, entry: ShardEntry) -> str | None:
     return None
 
 
+class DamagedShardError(UserError):
+    """A shard is missing, or not what the manifest says."""
+
+
 class Shard:
     """A verified shard, open for reading; `lengths` are its documents' numbers of tokens, int64 [samples]."""
 
-    def __init__(self, corpus: Path, entry: ShardEntry, token_dtype: str) -> None:
+    def __init__(
+        self,
+        corpus: Path,
+        entry: ShardEntry,
+        token_dtype: str,
+        problem_of: Callable[[Path, ShardEntry], str | None] = verify_shard,
+    ) -> None:
         """Verify and open.
 
         Raises:
-            UserError: the bytes are not those of the manifest; names the shard and how to repair it.
+            DamagedShardError: the bytes are not those of the manifest; names the shard and how to repair it.
         """
-        if problem := verify_shard(corpus, entry):
-            raise UserError(
+        if problem := problem_of(corpus, entry):
+            raise DamagedShardError(
                 f"{problem}. Restore the file from a copy, or delete {corpus / 'manifest.json'} and the shard and run "
-                "`diptych data build` again: it makes the same bytes from the same sources"
+                "`diptych data build` again: it makes the same bytes from the same sources. With data.on_corrupt=skip "
+                "the run goes on without it"
             )
-        index = np.load(corpus / entry.index_path, allow_pickle=False)
-        self._offsets, self.lengths = index[:, 0].copy(), index[:, 1].copy()
-        self._bytes = np.memmap(corpus / entry.path, dtype=np.uint8, mode="r")
         self._dtype = np.dtype(token_dtype)
+        index = np.load(corpus / entry.index_path, allow_pickle=False)
+        if problem := _index_problem(index, entry, self._dtype):
+            raise DamagedShardError(f"{corpus / entry.index_path} {problem}; make the corpus again")
+        self._offsets, self.lengths = index[:, 0].tolist(), index[:, 1].copy()
+        self._num_tokens: list[int] = self.lengths.tolist()
+        self._bytes = np.asarray(np.memmap(corpus / entry.path, dtype=np.uint8, mode="r"))
+
+    def num_tokens(self, sample: int) -> int:
+        """Ids of one document."""
+        return self._num_tokens[sample]
 
     def tokens(self, sample: int, start: int, stop: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Ids [start:stop) of one document, read from the tar and nothing else."""
-        begin = int(self._offsets[sample]) + start * self._dtype.itemsize
+        begin = self._offsets[sample] + start * self._dtype.itemsize
         end = begin + (stop - start) * self._dtype.itemsize
         return self._bytes[begin:end].view(self._dtype)
+
+
+def _index_problem(index: npt.NDArray[Any], entry: ShardEntry, dtype: np.dtype[Any]) -> str | None:
+    """Why an index cannot belong to a shard, although its digest is right; nothing is read outside the file."""
+    if index.ndim != 2 or index.shape[1] < 2 or index.dtype != np.int64 or len(index) != entry.samples:
+        return f"is {index.dtype} {list(index.shape)}, not the index of {entry.samples:,} samples"
+    begins, counts = index[:, 0], index[:, 1]
+    if (begins < 0).any() or (counts < 0).any() or (counts > entry.bytes).any():
+        return "points outside its shard"
+    if (begins + counts * dtype.itemsize > entry.bytes).any() or (begins % dtype.itemsize).any():
+        return "points outside its shard"
+    return None

@@ -8,24 +8,33 @@ all chunks of all documents of the shard are taken once, in an order that depend
 Where a stream stands is two integers, its visit and its row in that visit; resuming opens the shards at hand.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.counter_random import permutation
-from pretrain.data.manifest import Manifest, Split
-from pretrain.data.packing import RowPlan, plan_rows
-from pretrain.data.shards import Shard
+from pretrain.data.manifest import Manifest, ShardEntry, Split
+from pretrain.data.packing import PackingRule, RowPlan, plan_rows, whole_documents
+from pretrain.data.shards import DamagedShardError, Shard
 from pretrain.data.tokenizer import BOS, EOS, PAD
+from pretrain.data.verified import VerifiedShards
 from pretrain.errors import UserError
+from pretrain.files import sha256_of
+
+log = logging.getLogger(__name__)
 
 _SHARDS, _ROWS = 1, 2
 """First part of a key, so that the two kinds of permutation are independent."""
+
+
+PER_STREAM = ("visits", "rows", "lost")
+"""The fields of `StreamState` that hold a number per stream."""
 
 
 @dataclass(frozen=True)
@@ -34,43 +43,80 @@ class StreamState:
 
     position: int
     """Rows taken, over all streams."""
+    positions: int
+    """Their positions, padding included."""
     visits: npt.NDArray[np.int64]
     """int64 [S]: the visit at hand of each stream, 0 for its first."""
     rows: npt.NDArray[np.int64]
     """int64 [S]: rows already taken in that visit."""
+    lost: npt.NDArray[np.int64]
+    """int64 [S]: samples passed over so far because their shard was damaged."""
 
     @classmethod
     def start(cls, streams: int) -> "StreamState":
         """Nothing taken yet."""
-        return cls(0, np.zeros(streams, dtype=np.int64), np.zeros(streams, dtype=np.int64))
+        visits, rows, lost = np.zeros((3, streams), dtype=np.int64)
+        return cls(0, 0, visits, rows, lost)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"position": self.position, "visits": self.visits.tolist(), "rows": self.rows.tolist()}
+        numbers = {"position": self.position, "positions": self.positions}
+        return {**numbers, **{name: getattr(self, name).tolist() for name in PER_STREAM}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StreamState":
         """The inverse of `to_json`."""
-        return cls(value["position"], np.array(value["visits"], np.int64), np.array(value["rows"], np.int64))
+        return cls(value["position"], value["positions"], *(np.array(value[name], np.int64) for name in PER_STREAM))
+
+    def of_streams(self, streams: Iterable[int]) -> dict[int, list[int]]:
+        """The numbers of some streams, by stream."""
+        return {s: [int(getattr(self, name)[s]) for name in PER_STREAM] for s in streams}
+
+    def merged(self, parts: Iterable[dict[int, list[int]]]) -> "StreamState":
+        """This state, with every stream's numbers as the rank that reads it reported them by `of_streams`."""
+        fields = {name: getattr(self, name).copy() for name in PER_STREAM}
+        for part in parts:
+            for stream, numbers in part.items():
+                for name, number in zip(PER_STREAM, numbers, strict=True):
+                    fields[name][stream] = number
+        return StreamState(self.position, self.positions, **fields)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A padded row before masking."""
+    """A row before masking: documents, or pieces of them, then padding."""
 
     ids: npt.NDArray[np.int64]
     """int64 [L]."""
+    begins: list[int]
+    """The column in which each document begins."""
     length: int
     """Positions that are not padding."""
 
 
-class RowSource:
-    """The shards of one split, as visits: which shard comes when, cut into which rows."""
+@dataclass(frozen=True)
+class ShardAccess:
+    """How shards are checked, and what happens to a damaged one; the fields are those of `DataConfig`."""
 
-    def __init__(self, corpus: Path, manifest: Manifest, split: Split, seed: int, sequence_length: int) -> None:
+    verified: VerifiedShards = field(default_factory=lambda: VerifiedShards(None))
+    on_corrupt: Literal["error", "skip"] = "error"
+
+
+class RowSource:
+    """The shards of one split, as visits: which shard comes when, cut and packed into which rows."""
+
+    def __init__(
+        self,
+        corpus: Path,
+        manifest: Manifest,
+        split: Split,
+        seed: int,
+        packing: PackingRule,
+        shards: ShardAccess | None = None,
+    ) -> None:
         self._corpus, self._dtype = corpus, manifest.token_dtype
         self._entries = manifest.splits[split].shards
-        self._seed, self._length = seed, sequence_length
+        self._seed, self._packing, self._shards = seed, packing, shards or ShardAccess()
         if not self._entries:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
         self._permutation = lru_cache(maxsize=4)(lambda epoch: permutation(len(self._entries), seed, _SHARDS, epoch))
@@ -80,24 +126,69 @@ class RowSource:
         """Shards of the split."""
         return len(self._entries)
 
-    def open(self, dealt: int) -> tuple[Shard, RowPlan]:
-        """The shard of visit number `dealt` (over all streams), verified, and its rows in order."""
+    @property
+    def sequence_length(self) -> int:
+        """Positions per row."""
+        return self._packing.sequence_length
+
+    def entry(self, dealt: int) -> ShardEntry:
+        """The shard of visit number `dealt` (over all streams)."""
         epoch, card = divmod(dealt, len(self._entries))
-        shard = Shard(self._corpus, self._entries[self._permutation(epoch)[card]], self._dtype)
-        return shard, plan_rows(shard.lengths, self._length, self._seed, _ROWS, dealt)
+        return self._entries[self._permutation(epoch)[card]]
+
+    def open(self, dealt: int) -> tuple[Shard, RowPlan]:
+        """The shard of visit number `dealt`, verified, and its rows in order.
+
+        Raises:
+            DamagedShardError: under `on_corrupt: error`, the shard is not what the manifest says.
+        """
+        shard = Shard(self._corpus, self.entry(dealt), self._dtype, self._shards.verified.problem)
+        return shard, self._plan(shard.lengths, dealt)
+
+    def try_open(self, dealt: int) -> tuple[Shard, RowPlan] | None:
+        """The same; None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
+        try:
+            return self.open(dealt)
+        except DamagedShardError as error:
+            if self._shards.on_corrupt == "error":
+                raise
+            log.warning("%d samples skipped: %s", self.entry(dealt).samples, error)
+            return None
+
+    def samples_after(self, dealt: int, rows: int) -> int:
+        """Samples of a damaged shard that are not, or not wholly, in the first `rows` rows of a visit.
+
+        Where the index is lost too, all of them.
+        """
+        entry = self.entry(dealt)
+        path = self._corpus / entry.index_path
+        if rows == 0 or not path.is_file() or sha256_of(path) != entry.index_sha256:
+            return entry.samples
+        plan = self._plan(np.load(path, allow_pickle=False)[:, 1], dealt)
+        return len(np.unique(plan.samples[plan.bounds[rows] :]))
+
+    def _plan(self, document_lengths: npt.NDArray[np.int64], dealt: int) -> RowPlan:
+        return plan_rows(whole_documents(document_lengths), self._packing, self._seed, _ROWS, dealt)
 
     def read(self, shard: Shard, plan: RowPlan, row: int) -> Row:
         """One row's ids, with begin and end symbols, padded."""
-        sample, start, length = int(plan.samples[row]), int(plan.starts[row]), int(plan.lengths[row])
-        num_ids = int(shard.lengths[sample])
-        ids = np.full(self._length, PAD, dtype=np.int64)
-        first, last = max(start, 1), min(start + length, num_ids + 1)
-        ids[first - start : last - start] = shard.tokens(sample, first - 1, last - 1)
-        if start == 0:
-            ids[0] = BOS
-        if start + length == num_ids + 2:
-            ids[length - 1] = EOS
-        return Row(ids, length)
+        ids = np.full(self._packing.sequence_length, PAD, dtype=np.int64)
+        begins, column = [], 0
+        pieces = slice(plan.bounds[row], plan.bounds[row + 1])
+        of_pieces = (numbers[pieces].tolist() for numbers in (plan.samples, plan.starts, plan.lengths))
+        for sample, start, length in zip(*of_pieces, strict=True):
+            begins.append(column)
+            end = column + length
+            num_ids = shard.num_tokens(sample)
+            first, last = max(start - 1, 0), min(start + length - 1, num_ids)
+            if start == 0:
+                ids[column] = BOS
+            begin = column + first + 1 - start
+            ids[begin : begin + last - first] = shard.tokens(sample, first, last)
+            if start + length == num_ids + 2:
+                ids[end - 1] = EOS
+            column = end
+        return Row(ids, begins, column)
 
 
 class StreamReader:
@@ -107,14 +198,14 @@ class StreamReader:
         assert len(state.visits) % world_size == 0, "the config check lets only divisors of the streams through"
         self._source, self._rank, self._world_size = source, rank, world_size
         self._streams = len(state.visits)
-        self._position = state.position
-        self._visits, self._rows = state.visits.copy(), state.rows.copy()
+        self._position, self._positions = state.position, state.positions
+        self._visits, self._rows, self._lost = state.visits.copy(), state.rows.copy(), state.lost.copy()
         self._at_hand: dict[int, tuple[Shard, RowPlan]] = {}
 
     @property
     def state(self) -> StreamState:
         """After the last row that `rows` gave. Entries of other ranks' streams are theirs to report."""
-        return StreamState(self._position, self._visits.copy(), self._rows.copy())
+        return StreamState(self._position, self._positions, self._visits.copy(), self._rows.copy(), self._lost.copy())
 
     @property
     def own_streams(self) -> npt.NDArray[np.int64]:
@@ -128,6 +219,7 @@ class StreamReader:
         a rank's streams and still keep one order.
         """
         first, self._position = self._position, self._position + count
+        self._positions += count * self._source.sequence_length
         for number in range(first + (self._rank - first) % self._world_size, first + count, self._world_size):
             stream = number % self._streams
             shard, plan = self._open_with_rows_left(stream)
@@ -136,13 +228,25 @@ class StreamReader:
             yield number, self._source.read(shard, plan, row) if read else None
 
     def _open_with_rows_left(self, stream: int) -> tuple[Shard, RowPlan]:
-        if stream not in self._at_hand:
-            self._at_hand[stream] = self._open(stream)
-        while self._rows[stream] >= len(self._at_hand[stream][1]):
+        """The shard at hand. A damaged one has no rows, on every rank and worker that opens it, now or after a resume:
+        so its stream goes on with the next, and no rank waits for another.
+        """
+        opened = self._at_hand.get(stream) or self._open(stream)
+        visits_left = 2 * self._source.num_shards
+        while opened is None or self._rows[stream] >= len(opened[1]):
+            if opened is None:
+                self._lost[stream] += self._source.samples_after(self._dealt(stream), int(self._rows[stream]))
+            visits_left -= 1
+            if not visits_left:
+                raise UserError("none of the shards that are left has a row to give; run `diptych data verify`")
             self._visits[stream] += 1
             self._rows[stream] = 0
-            self._at_hand[stream] = self._open(stream)
-        return self._at_hand[stream]
+            opened = self._open(stream)
+        self._at_hand[stream] = opened
+        return opened
 
-    def _open(self, stream: int) -> tuple[Shard, RowPlan]:
-        return self._source.open(int(self._visits[stream]) * self._streams + stream)
+    def _dealt(self, stream: int) -> int:
+        return int(self._visits[stream]) * self._streams + stream
+
+    def _open(self, stream: int) -> tuple[Shard, RowPlan] | None:
+        return self._source.try_open(self._dealt(stream))

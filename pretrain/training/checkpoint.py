@@ -15,7 +15,7 @@ import json
 import secrets
 import shutil
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, own_stre
         written |= _write_fragments(temporary / f"rank-{rank:05d}.safetensors", engine)
     except OSError as failure:
         written["error"] = f"rank {rank}: {failure}"
-    written["stream"] = {s: (int(state.stream.visits[s]), int(state.stream.rows[s])) for s in own_streams}
+    written["stream"] = state.stream.of_streams(own_streams)
     parts = _gather(written, world_size)
     error: str | None = next((part["error"] for part in parts if part["error"]), None)
     if rank == 0:
@@ -127,11 +127,8 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 def _complete(temporary: Path, target: Path, engine: Engine, state: TrainingState, parts: list[dict[str, Any]]) -> None:
     """Rank 0: write what all ranks share, then let the folder appear under its name."""
-    stream = state.stream
-    for part in parts:
-        for number, (visit, row) in part["stream"].items():
-            stream.visits[number], stream.rows[number] = visit, row
-    write_json(temporary / STATE, state.to_json())
+    stream = state.stream.merged(part["stream"] for part in parts)
+    write_json(temporary / STATE, replace(state, stream=stream).to_json())
     entries = [entry for part in parts for entry in part["entries"]]
     write_json(temporary / INDEX, {"format": 1, "shapes": engine.parameter_shapes, "fragments": entries})
     files = {name: entry for part in parts for name, entry in part["files"].items()}

@@ -27,6 +27,7 @@ class StepRecord:
     tokens: int
     masked: int
     rows_checksum: int
+    samples_lost: int
     learning_rate: float
     grad_norm: float
     seconds: float
@@ -86,6 +87,8 @@ class Metrics:
                 "rows_checksum": f"{record.rows_checksum:016x}",
                 "seconds": round(record.seconds, 6),
             }
+            if record.samples_lost:
+                last["samples_lost"] = record.samples_lost
             self._write(last)
         last |= speed
         self._scalars("train", last)

@@ -23,19 +23,22 @@ class StepTotals:
     """Positions that are not padding."""
     rows_checksum: int
     """Of all rows and their masks; the same for any number of ranks."""
+    samples_lost: int
+    """Since the run began, in damaged shards."""
     stop: bool
     """Some rank was asked to stop: the step must not be taken."""
 
 
-def agree_on_step(batch: Batch, stop_requested: bool) -> StepTotals:
-    """One small all-reduce on the CPU: counts, checksum, and whether to stop."""
+def agree_on_step(batch: Batch, samples_lost: int, stop_requested: bool) -> StepTotals:
+    """One small all-reduce on the CPU: counts, checksum, and whether to stop. Arguments are this rank's share."""
     rows = np.concatenate([batch.input_ids.numpy(), batch.labels.numpy()], axis=1)
     checksum = sum(zlib.crc32(row) for row in rows)
-    totals = torch.tensor([batch.num_masked, batch.num_tokens, checksum, int(stop_requested)], dtype=torch.int64)
+    own = [batch.num_masked, batch.num_tokens, checksum, samples_lost, int(stop_requested)]
+    totals = torch.tensor(own, dtype=torch.int64)
     if dist.is_initialized():
         dist.all_reduce(totals)
-    masked, tokens, checksum, stop = totals.tolist()
-    return StepTotals(masked, tokens, checksum, bool(stop))
+    masked, tokens, checksum, lost, stop = totals.tolist()
+    return StepTotals(masked, tokens, checksum, lost, bool(stop))
 
 
 def train_step(engine: Engine, batch: Batch, totals: StepTotals, micro_batch_size: int, world_size: int) -> Tensor:

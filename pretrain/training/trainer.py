@@ -59,6 +59,7 @@ class Trainer:
             precision=self.engine.precision,
         )
         self.state = self._resume()
+        self._samples_lost = int(self.state.stream.lost.sum())
 
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(device_name)
@@ -77,7 +78,8 @@ class Trainer:
         self.stopwatch.lap()
         while self.state.tokens_seen < config.tokens:
             rows = next(steps)
-            totals = agree_on_step(rows.batch, self.stop_request.requested)
+            lost = rows.state.lost[self.rank :: self.world_size].sum()
+            totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested)
             if totals.stop:
                 return self._stop(steps)
             grad_norm = self._step(rows, totals)
@@ -120,6 +122,7 @@ class Trainer:
         tokens_seen = self.state.tokens_seen + totals.tokens
         rate = learning_rate(tokens_seen, config.training.tokens, config.optimizer.learning_rate, config.schedule)
         self.engine.set_learning_rate(rate)
+        self._report_loss_of(totals.samples_lost)
         sums = train_step(self.engine, rows.batch, totals, config.training.micro_batch_size, self.world_size)
         grad_norm = self.engine.grad_norm
         self.state = TrainingState(
@@ -136,6 +139,7 @@ class Trainer:
                 tokens=totals.tokens,
                 masked=totals.masked,
                 rows_checksum=totals.rows_checksum,
+                samples_lost=totals.samples_lost,
                 learning_rate=rate,
                 grad_norm=grad_norm,
                 seconds=self.stopwatch.lap(),
@@ -143,6 +147,14 @@ class Trainer:
             )
         )
         return grad_norm
+
+    def _report_loss_of(self, samples: int) -> None:
+        if samples > self._samples_lost:
+            self._event(
+                f"step {self.state.step + 1}: {samples - self._samples_lost:,} samples of damaged shards skipped, "
+                f"{samples:,} in all; the ranks' logs name the shards"
+            )
+            self._samples_lost = samples
 
     def _refuse_to_diverge(self, skipped_in_a_row: int) -> None:
         if skipped_in_a_row == 0:

@@ -10,7 +10,7 @@ import pytest
 from pretrain.data.counter_random import bits, permutation, uniform
 from pretrain.data.loader import StepRows, training_steps, validation_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.data.packing import plan_rows
+from pretrain.data.packing import PackingRule
 from pretrain.data.stream import RowSource, StreamReader, StreamState
 from pretrain.data.tokenizer import BOS, EOS, PAD
 from pretrain.errors import UserError
@@ -38,30 +38,33 @@ def first_steps(config, manifest, count, world_size=1, states=None):
 def merged(states: list[StreamState]) -> StreamState:
     """What a checkpoint holds: each stream's state from the rank that reads it."""
     streams, world_size = len(states[0].visits), len(states)
-    owner = [states[s % world_size] for s in range(streams)]
-    visits = np.array([o.visits[s] for s, o in enumerate(owner)])
-    rows = np.array([o.rows[s] for s, o in enumerate(owner)])
-    return StreamState.from_json(StreamState(states[0].position, visits, rows).to_json())
+    parts = [state.of_streams(range(rank, streams, world_size)) for rank, state in enumerate(states)]
+    return StreamState.from_json(states[0].merged(parts).to_json())
 
 
-def test_order_is_the_same_on_any_number_of_ranks_and_workers_across_an_epochs_end(make_config, manifest):
-    config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+@pytest.mark.parametrize(
+    "packing",
+    [pytest.param("padded", marks=pytest.mark.slow), "packed", pytest.param("concatenated", marks=pytest.mark.slow)],
+)
+def test_order_is_the_same_on_any_number_of_ranks_and_workers_across_an_epochs_end(make_config, manifest, packing):
+    config = make_config(data={"packing": packing})
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32, packing))
     epoch = sum(len(source.open(visit)[1]) for visit in range(source.num_shards))
     steps = epoch * 5 // 4 // 16
     expected = rows_of(first_steps(config, manifest, steps))
     assert len(set(expected)) > 0.95 * epoch
     for world_size in (1, 2, 4):
         for workers in (0, 1, 4):
-            other = make_config(data={"workers": workers})
+            other = make_config(data={"workers": workers, "packing": packing})
             assert rows_of(first_steps(other, manifest, steps, world_size)) == expected, (world_size, workers)
 
 
-def test_three_resumes_in_a_row_on_other_ranks_and_workers_continue_the_sequence(make_config, manifest):
-    expected = rows_of(first_steps(make_config(), manifest, 40))
+@pytest.mark.parametrize("packing", ["padded", "packed"])
+def test_three_resumes_in_a_row_on_other_ranks_and_workers_continue_the_sequence(make_config, manifest, packing):
+    expected = rows_of(first_steps(make_config(data={"packing": packing}), manifest, 40))
     state, rows = StreamState.start(16), []
     for world_size, workers, count in ((1, 0, 1), (2, 2, 13), (4, 1, 9), (1, 3, 17)):
-        config = make_config(data={"workers": workers})
+        config = make_config(data={"workers": workers, "packing": packing})
         steps = first_steps(config, manifest, count, world_size, [state] * world_size)
         rows += rows_of(steps)
         state = merged([rank[-1].state for rank in steps])
@@ -70,7 +73,7 @@ def test_three_resumes_in_a_row_on_other_ranks_and_workers_continue_the_sequence
 
 def test_every_document_is_read_exactly_once_in_every_visit_of_its_shard(make_config, manifest):
     config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32))
     for epoch in range(2):
         seen: Counter[bytes] = Counter()
         for visit in range(epoch * source.num_shards, (epoch + 1) * source.num_shards):
@@ -89,7 +92,7 @@ def test_every_document_is_read_exactly_once_in_every_visit_of_its_shard(make_co
 
 def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest):
     config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32))
     shard, plan = source.open(0)
     sample = int(np.argmax(shard.lengths))
     rows = sorted(np.flatnonzero(plan.samples == sample), key=lambda row: plan.starts[row])
@@ -100,18 +103,17 @@ def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest
 
 def test_epochs_and_seeds_have_orders_of_their_own(make_config, manifest):
     def opening(seed: int, visit: int) -> list[int]:
-        return RowSource(make_config().corpus.path, manifest, "train", seed, 32).open(visit)[1].starts[:20].tolist()
+        return (
+            RowSource(make_config().corpus.path, manifest, "train", seed, PackingRule(32))
+            .open(visit)[1]
+            .starts[:20]
+            .tolist()
+        )
 
     assert opening(1, 0) == opening(1, 0)
     assert opening(1, 0) != opening(2, 0)
     shards = [permutation(16, 1, 1, epoch).tolist() for epoch in range(3)]
     assert len({tuple(order) for order in shards}) == 3
-
-
-def test_a_plan_cuts_long_documents_and_keeps_short_ones_whole():
-    plan = plan_rows(np.array([3, 0, 20]), 8, 1)
-    pieces = sorted(zip(plan.samples.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
-    assert pieces == [(0, 0, 5), (1, 0, 2), (2, 0, 8), (2, 8, 8), (2, 16, 6)]
 
 
 def test_a_stream_state_that_is_taken_with_a_row_ignores_what_was_read_ahead(make_config, manifest):
@@ -151,7 +153,7 @@ def test_a_damaged_shard_is_named_before_anything_of_it_is_read(manifest, tmp_pa
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    source = RowSource(copy, load_manifest(copy), "train", 7, 32)
+    source = RowSource(copy, load_manifest(copy), "train", 7, PackingRule(32))
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         [source.open(visit) for visit in range(source.num_shards)]
 
@@ -167,7 +169,7 @@ def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
 
 def test_reader_counts_rows_without_reading_them(make_config, manifest):
     config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, 32)
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32))
     counted, read = (StreamReader(source, StreamState.start(16)) for _ in range(2))
     assert [number for number, row in counted.rows(50, read=False) if row is None] == list(range(50))
     list(read.rows(50))

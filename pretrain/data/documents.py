@@ -1,0 +1,57 @@
+"""What the readers of raw files share: a document, a file to read, a record that cannot be read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Format = Literal["text", "jsonl", "fasta", "parquet", "webdataset"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as it was read."""
+
+    id: str
+    """Says where it came from: the record's own id, or file name and line."""
+    text: str
+    source: str
+    """Name of the source."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One raw file of a source."""
+
+    path: Path
+    label: str
+    """Its name in document ids: relative to the source's folder, so that it does not depend on where that lies."""
+    format: Format
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that cannot be read."""
+
+    reason: str
+    """A few words, the same for all records with this defect: what skipped records are counted by."""
+    message: str
+    """File, place and defect, for the error."""
+
+
+Record = tuple[str, str] | BadRecord
+"""Id and text, or why there is none."""
+
+
+class DamagedFileError(Exception):
+    """The rest of a raw file cannot be unpacked."""
+
+
+def decode_utf8(label: str, offset: int, raw: bytes) -> str | BadRecord:
+    """Text, or where it is none."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(
+            "not UTF-8",
+            f"{label} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {offset + error.start:,}.",
+        )
