@@ -43,23 +43,28 @@ def corpus_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return values
 
 
+def tiny_run(corpus_values: dict[str, Any], runs: Path, name: str, **sections: dict[str, Any]) -> RunConfig:
+    """A run on the test corpus that trains in seconds, with some sections changed."""
+    values: dict[str, Any] = {
+        "name": name,
+        "runs": str(runs),
+        "seed": 7,
+        "corpus": corpus_values,
+        "data": {"sequence_length": 32, "streams": 16, "workers": 0},
+        "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
+        "training": {"tokens": 12_000, "batch_size": 16, "micro_batch_size": 4, "validation_rows": 40},
+    }
+    for section, changed in sections.items():
+        values[section] = {**values.get(section, {}), **changed}
+    return validate(values, "test")
+
+
 @pytest.fixture
 def make_config(corpus_values: dict[str, Any], tmp_path: Path) -> Callable[..., RunConfig]:
-    """`make_config(name, section={...})`: a tiny run on the test corpus, with some sections changed."""
+    """`make_config(name, section={...})`: `tiny_run` in a folder of this test."""
 
     def make(name: str = "run", **sections: dict[str, Any]) -> RunConfig:
-        values: dict[str, Any] = {
-            "name": name,
-            "runs": str(tmp_path / "runs"),
-            "seed": 7,
-            "corpus": corpus_values,
-            "data": {"sequence_length": 32, "streams": 16, "workers": 0, "cache": str(tmp_path / "cache")},
-            "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
-            "training": {"tokens": 12_000, "batch_size": 16, "micro_batch_size": 4, "validation_rows": 40},
-        }
-        for section, changed in sections.items():
-            values[section] = {**values.get(section, {}), **changed}
-        return validate(values, "test")
+        return tiny_run(corpus_values, tmp_path / "runs", name, **sections)
 
     return make
 

@@ -8,33 +8,27 @@ import pytest
 
 from pretrain.batch import IGNORED
 from pretrain.data.loader import masking_rule
+from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation import context
 from pretrain.evaluation.context import evaluate_run
 from pretrain.evaluation.report import headline, table_rows, write_report
 from pretrain.training.run_folder import open_run_folder
+from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 from tests.training.test_training import train
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, corpus_values):
-    from pretrain.config import validate
-    from pretrain.data.manifest import load_manifest
-
     folder = tmp_path_factory.mktemp("trained")
-    config = validate(
-        {
-            "name": "run",
-            "runs": str(folder / "runs"),
-            "corpus": corpus_values,
-            "data": {"sequence_length": 32, "streams": 16, "workers": 0},
-            "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
-            "training": {"tokens": 40_000, "batch_size": 16, "micro_batch_size": 16, "sharding": "none"},
-            "optimizer": {"learning_rate": 1e-2},
-            "evaluation": {"windows": 48},
-        },
-        "test",
+    config = tiny_run(
+        corpus_values,
+        folder / "runs",
+        "run",
+        training={"tokens": 40_000, "micro_batch_size": 16, "sharding": "none"},
+        optimizer={"learning_rate": 1e-2},
+        evaluation={"windows": 48},
     )
     open_run_folder(config, load_manifest(config.corpus.path))
     assert run_on_ranks(train, 1, folder / "ranks", config, 1) == [0]

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+from pretrain.config import to_yaml
+from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.training.checkpoint import (
     list_checkpoints,
@@ -20,6 +22,7 @@ from pretrain.training.fragments import fragments
 from pretrain.training.metrics import read_metrics
 from pretrain.training.run_folder import open_run_folder
 from pretrain.training.trainer import Trainer
+from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 
 STAGES = ("none", "optimizer", "gradients", "full")
@@ -152,11 +155,23 @@ def test_the_loss_is_a_sum_over_masked_tokens_whatever_the_micro_batches_and_ran
             assert norm == pytest.approx(step[0][2], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def trained_once(corpus_values, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_run(
+        corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
+    )
+    open_run_folder(config, load_manifest(config.corpus.path))
+    run_on_ranks(train, 1, folder / "ranks", config, 1)
+    return config
+
+
 @pytest.fixture
-def finished(make_config, manifest, tmp_path):
+def finished(trained_once, make_config):
+    """A finished run in a folder of this test."""
     config = make_config(training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3})
-    open_run_folder(config, manifest)
-    run_on_ranks(train, 1, tmp_path / "ranks", config, 1)
+    shutil.copytree(trained_once.run_folder, config.run_folder)
+    (config.run_folder / "config.yaml").write_text(to_yaml(config))
     return config
 
 
