@@ -1,11 +1,50 @@
-"""`AttentionLayout`: what attention needs to know about a batch, worked out once and shared by all layers."""
+"""`AttentionLayout`: what attention needs to know about a batch, worked out once and shared by all layers.
 
-from dataclasses import dataclass, replace
+What only some kernels need (indices that unpack documents, masks of windows) is built when one first asks for it, and
+kept with the layout. How scores are computed is not decided here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
+from pretrain.model.rearrange import Rearrangement, rearrange
+
+T = TypeVar("T")
+
+_SHORT = 64
+"""Documents up to this length share a bucket, whatever their lengths: one more call would cost more than padding."""
+_FULLNESS = 0.75
+"""A document joins a bucket if it is at least this share of the bucket's longest."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of similar length, as consecutive places [documents, longest] of the unpacked batch."""
+
+    documents: int
+    longest: int
+    filled: Tensor | None
+    """bool [documents, longest]: holds a token. None: every place does."""
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """The batch's documents one by one, right-padded within their bucket."""
+
+    buckets: list[Bucket]
+    forward: Rearrangement
+    """Rows, flattened to [B x L], to the places of all buckets."""
+    backward: Rearrangement
+    """The same with every document reversed."""
+    in_place: bool
+    """The places are the positions: documents of one length fill the rows."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +58,15 @@ class AttentionLayout:
     reversal: Tensor
     """int64 [B, L]: the index in the row of the mirror image of a position inside its document; itself in padding.
     It is its own inverse."""
+    document_starts: tuple[int, ...]
+    """Of every document of the batch in order, the index of its first position in the flattened rows [B x L]."""
+    document_lengths: tuple[int, ...]
+    """Of the same documents."""
     one_document_per_row: bool
     """Every row is one document from column 0, then padding."""
     padded: bool
     """There is padding somewhere."""
+    _built: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_batch(cls, batch: Batch) -> "AttentionLayout":
@@ -47,10 +91,13 @@ class AttentionLayout:
         lengths = torch.bincount(begin, minlength=rows * length)
         mirrored = columns.expand(rows, length).clone()
         mirrored[inside] += lengths[begin] - 1 - 2 * positions[inside]
+        starts = lengths.nonzero().flatten()
         return cls(
             document_ids=documents,
             position_ids=positions,
             reversal=mirrored,
+            document_starts=tuple(starts.tolist()),
+            document_lengths=tuple(lengths[starts].tolist()),
             one_document_per_row=bool((documents <= 1).all() and (first_column[inside] == 0).all()),
             padded=not bool(inside.all()),
         )
@@ -62,4 +109,99 @@ class AttentionLayout:
             document_ids=self.document_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             reversal=self.reversal.to(device, non_blocking=True),
+            _built={},
         )
+
+    def once(self, key: Any, build: Callable[[], T]) -> T:
+        """What `build` returns, built at the first call with `key` and kept for all layers."""
+        if key not in self._built:
+            self._built[key] = build()
+        return self._built[key]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layout's tensors are."""
+        return self.document_ids.device
+
+    @cached_property
+    def mirrored(self) -> Rearrangement:
+        """Every document reversed in its own place, over the flattened rows."""
+        rows, length = self.reversal.shape
+        flat = (self.reversal + torch.arange(rows, device=self.device)[:, None] * length).flatten()
+        return Rearrangement(flat, flat)
+
+    @cached_property
+    def tokens(self) -> tuple[Rearrangement, Rearrangement]:
+        """Flattened rows to tokens [T] without padding, in order and with every document reversed."""
+        positions, numbers = self._positions_of_tokens
+        count = len(positions)
+        starts = torch.cumsum(self._lengths, 0) - self._lengths
+        offsets = torch.arange(count) - starts[numbers]
+        reversed_places = starts[numbers] + self._lengths[numbers] - 1 - offsets
+        total = self.document_ids.numel()
+        in_order, in_reverse = (rearrange(positions, p, total, count) for p in (torch.arange(count), reversed_places))
+        return in_order.to(self.device), in_reverse.to(self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [N + 1]: where each document begins among the tokens, and their number."""
+        return torch.nn.functional.pad(self._lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document; 0 in a batch of padding."""
+        return max(self.document_lengths, default=0)
+
+    @cached_property
+    def first_positions(self) -> Tensor:
+        """int64 [B x L]: the flat index of the first position of a position's document; its own in padding."""
+        own = torch.arange(self.document_ids.numel(), device=self.device)
+        return torch.where(self.document_ids.flatten() != 0, own - self.position_ids.flatten(), own)
+
+    @cached_property
+    def unpacked(self) -> Unpacked:
+        """Documents gathered into a few rectangles, so that padding is bounded however their lengths differ.
+
+        Sorted by length, a document starts a new bucket if it is shorter than 3/4 of the longest in the current one:
+        at least 3/4 of the places are filled but among the shortest documents, in O(log(longest / shortest)) calls.
+        """
+        lengths = self._lengths
+        order = lengths.argsort(descending=True, stable=True)
+        bounds = [0]
+        for number, length in enumerate(lengths[order].tolist()):
+            longest = int(lengths[order[bounds[-1]]])
+            if longest > _SHORT and length < _FULLNESS * longest:
+                bounds.append(number)
+        bounds.append(len(order))
+        first_place, buckets, places = torch.zeros_like(lengths), [], 0
+        for low, high in pairwise(bounds):
+            if low == high:
+                continue
+            inside = lengths[order[low:high]]
+            longest = int(inside[0])
+            first_place[order[low:high]] = places + torch.arange(high - low) * longest
+            filled = None if int(inside[-1]) == longest else (torch.arange(longest) < inside[:, None]).to(self.device)
+            buckets.append(Bucket(high - low, longest, filled))
+            places += (high - low) * longest
+        positions, numbers = self._positions_of_tokens
+        offsets = positions - torch.tensor(self.document_starts, dtype=torch.int64)[numbers]
+        total = self.document_ids.numel()
+        forward = rearrange(positions, first_place[numbers] + offsets, total, places)
+        mirrored = first_place[numbers] + lengths[numbers] - 1 - offsets
+        backward = rearrange(positions, mirrored, total, places)
+        in_place = torch.equal(forward.index, torch.arange(total))
+        return Unpacked(buckets, forward.to(self.device), backward.to(self.device), in_place)
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        """int64 [N] on the CPU."""
+        return torch.tensor(self.document_lengths, dtype=torch.int64)
+
+    @cached_property
+    def _positions_of_tokens(self) -> tuple[Tensor, Tensor]:
+        """Of every token, its flat position and the number of its document; int64 [T] on the CPU."""
+        lengths = self._lengths
+        numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        first_token = torch.cumsum(lengths, 0) - lengths
+        starts = torch.tensor(self.document_starts, dtype=torch.int64)
+        return torch.arange(len(numbers)) + (starts - first_token)[numbers], numbers

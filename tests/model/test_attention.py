@@ -8,26 +8,7 @@ import torch
 from pretrain.batch import Batch
 from pretrain.model.attention import attention, reverse
 from pretrain.model.layout import AttentionLayout
-
-KINDS = ("dual_triangle", "bidirectional", "causal")
-
-
-def layout_of(*rows: list[int], length: int) -> AttentionLayout:
-    """Rows given by the lengths of their documents, padded to `length`."""
-    documents, positions = torch.zeros(2, len(rows), length, dtype=torch.int64)
-    for row, lengths in enumerate(rows):
-        start = 0
-        for number, n in enumerate(lengths, start=1):
-            documents[row, start : start + n] = number
-            positions[row, start : start + n] = torch.arange(n)
-            start += n
-    return AttentionLayout.from_batch(Batch(documents, documents, documents, positions))
-
-
-def random_qkv(layout: AttentionLayout, heads: int = 2, width: int = 8) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shape = (*layout.document_ids.shape, heads, width)
-    return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+from tests.model.rows import KINDS, layout_of, random_qkv, values_and_gradients
 
 
 def literal_attention(q, k, v, documents, may_attend):
@@ -46,23 +27,35 @@ def literal_attention(q, k, v, documents, may_attend):
     return out
 
 
-def test_dense_dual_triangle_is_two_softmaxes_over_past_and_future():
-    layout = layout_of([5, 1, 3], [7], length=9)
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_dense_dual_triangle_is_two_softmaxes_over_past_and_future(window):
+    layout, reach = layout_of([5, 1, 3], [7], length=9), window or 9
     q, k, v = (t.detach() for t in random_qkv(layout))
     halves = [t.chunk(2, dim=-1) for t in (q, k, v)]
-    past = literal_attention(*(half[0] for half in halves), layout.document_ids, lambda i, j: j <= i)
-    future = literal_attention(*(half[1] for half in halves), layout.document_ids, lambda i, j: j >= i)
+    past = literal_attention(*(half[0] for half in halves), layout.document_ids, lambda i, j: i - reach < j <= i)
+    future = literal_attention(*(half[1] for half in halves), layout.document_ids, lambda i, j: i <= j < i + reach)
     torch.testing.assert_close(
-        attention(q, k, v, layout, "dual_triangle", "dense"), torch.cat((past, future), dim=-1), rtol=0, atol=1e-12
+        attention(q, k, v, layout, "dual_triangle", "dense", window),
+        torch.cat((past, future), dim=-1),
+        rtol=0,
+        atol=1e-12,
     )
 
 
-@pytest.mark.parametrize(("kind", "may_attend"), [("causal", lambda i, j: j <= i), ("bidirectional", lambda *_: True)])
-def test_dense_causal_and_bidirectional_are_their_definitions(kind, may_attend):
+@pytest.mark.parametrize(
+    ("kind", "window", "may_attend"),
+    [
+        ("causal", None, lambda i, j: j <= i),
+        ("causal", 2, lambda i, j: i - 2 < j <= i),
+        ("bidirectional", None, lambda *_: True),
+        ("bidirectional", 2, lambda i, j: abs(i - j) < 2),
+    ],
+)
+def test_dense_causal_and_bidirectional_are_their_definitions(kind, window, may_attend):
     layout = layout_of([4, 2], [6], length=7)
     q, k, v = (t.detach() for t in random_qkv(layout))
     expected = literal_attention(q, k, v, layout.document_ids, may_attend)
-    torch.testing.assert_close(attention(q, k, v, layout, kind, "dense"), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attention(q, k, v, layout, kind, "dense", window), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,11 +63,7 @@ def test_dense_causal_and_bidirectional_are_their_definitions(kind, may_attend):
 def test_sdpa_equals_dense_in_values_and_gradients(kind, lengths):
     layout = layout_of(*([n] if n else [] for n in lengths), length=9)
     inputs = random_qkv(layout)
-    gradient = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    results = []
-    for kernel in ("sdpa", "dense"):
-        out = attention(*inputs, layout, kind, kernel)
-        results.append((out.detach(), *torch.autograd.grad(out, inputs, gradient)))
+    results = (values_and_gradients(inputs, layout, kind, kernel) for kernel in ("sdpa", "dense"))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
 
@@ -115,12 +104,10 @@ def test_the_layout_refuses_positions_that_do_not_restart_with_the_document():
         AttentionLayout.from_batch(Batch(documents, documents, documents, positions))
 
 
-def test_unfitting_shapes_odd_heads_and_packed_rows_are_refused():
-    layout, packed = layout_of([4], length=4), layout_of([2, 2], length=4)
+def test_unfitting_shapes_and_odd_heads_are_refused():
+    layout = layout_of([4], length=4)
     q, k, v = random_qkv(layout, width=4)
     with pytest.raises(ValueError, match="layout's"):
         attention(q[:, :3], k, v, layout, "causal")
     with pytest.raises(ValueError, match="two sub-heads"):
         attention(q[..., :3], k[..., :3], v[..., :3], layout, "dual_triangle")
-    with pytest.raises(ValueError, match="dense for packed"):
-        attention(q, k, v, packed, "dual_triangle", "sdpa")

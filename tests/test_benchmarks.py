@@ -1,0 +1,79 @@
+"""The benchmarks run, at sizes that say nothing, and their verdicts are right."""
+
+import json
+
+import pytest
+
+from benchmarks import attention
+from benchmarks.timing import Row, compare, paired, write_results
+
+TINY = attention.Sizes(
+    rounds=1,
+    heads=2,
+    width=8,
+    lengths=(64, 128),
+    target_length=64,
+    flex_length=128,
+    window=16,
+    window_length=64,
+    linear_length=256,
+    packed_length=96,
+    packed_documents=4,
+    step_rows=2,
+    step_length=16,
+    step_hidden=32,
+)
+
+
+def test_variants_are_timed_in_turn_and_in_both_orders():
+    order = []
+    seconds = paired({name: lambda name=name: order.append(name) for name in "abc"}, 2, min_sample_s=0)
+    assert "".join(order) == "aabbcc" + "abc" + "cba"
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_ratio_is_the_median_of_the_rounds_and_decides_the_verdict():
+    at_most = compare(Row("x", "a", "b", "time", "at most", 0.65), [1.0, 2.0, 9.0], [2.0, 4.0, 10.0])
+    assert (at_most.ratio, at_most.lowest, at_most.highest, at_most.verdict) == (0.5, 0.5, 0.9, "met")
+    assert (at_most.subject_value, at_most.reference_value) == (2000, 4000)
+    at_least = compare(Row("x", "a", "b", "speed", "at least", 2.5), [1.0, 2.0], [2.0, 4.0], speedup=True)
+    assert (at_least.ratio, at_least.verdict) == (2.0, "not met")
+    assert compare(Row("x", "a", "b", "time"), [1.0], [2.0]).verdict == "-"
+    assert Row("x", "a", "b", "time", "at most", 1.0, unmeasured="no GPU here").verdict == "unmeasured"
+
+
+@pytest.fixture
+def plain_flex(monkeypatch):
+    """flex_attention without its compiler, which alone takes longer than everything else here."""
+    monkeypatch.setattr(attention.torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_every_row_of_the_attention_benchmark_is_in_its_results(plain_flex, tmp_path):
+    rows = attention.measure(TINY, {"cpu"})
+    attention.plot(rows, tmp_path / "a.png")
+    write_results(tmp_path / "a.json", "Attention", rows, attention.machine(), {}, "a.png")
+    saved = json.loads((tmp_path / "a.json").read_text())
+    named = {(row["name"], row["subject"], row["reference"]): row for row in saved["rows"]}
+    for length in (64, 128):
+        for subject in ("dual-triangle", "causal", "windowed, W=16"):
+            assert named[f"cpu, forward+backward, L={length}", subject, "bidirectional"]["ratio"] > 0
+    targets = [(row["sense"], row["target"]) for row in saved["rows"] if row["target"] and row["ratio"]]
+    assert sorted(targets) == [
+        ("at least", 2.5),
+        ("at most", 0.02),
+        ("at most", 0.15),
+        ("at most", 0.65),
+        ("at most", 1.0),
+        ("at most", 1.25),
+        ("at most", 1.25),
+    ]
+    cuda = [row for row in saved["rows"] if row["name"].startswith("cuda")]
+    assert len(cuda) == 2 * 3 * 3
+    assert {row["verdict"] for row in cuda} == {"unmeasured"}
+    assert {row["target"] for row in cuda} == {1.6, 1.3, 1.0}
+    text = (tmp_path / "a.md").read_text()
+    assert text.count("\n| cpu") + text.count("\n| cuda") == len(saved["rows"])
+    assert text.count("unmeasured: no GPU here") == len(cuda)
+    assert {"cpu", "cores", "threads", "torch", "date"} <= saved["machine"].keys()
+    assert (tmp_path / "a.png").stat().st_size > 5_000
