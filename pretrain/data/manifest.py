@@ -35,7 +35,8 @@ class ShardEntry(_Entry):
     bytes: int
     sha256: Digest
     index_sha256: Digest
-    """Of the index file, int64 [samples, 2]: byte offset of the first token in the tar, number of tokens."""
+    """Of the index file, int64 [samples, 3]: byte offset of the first token in the tar, number of tokens, number of
+    the source in `Manifest.sources`."""
     samples: int
     tokens: int
 
