@@ -89,7 +89,8 @@ class Manifest(_Entry):
 
     format: Literal[1] = 1
     tokenizer: TokenizerEntry
-    token_dtype: Literal["uint8", "uint16", "uint32"]
+    token_dtype: Literal["uint8", "uint16", "uint32", "int16", "int32", "int64"]
+    """Little-endian; signed only in shards of others."""
     token_counts_sha256: Digest
     """Of token_counts.npy, int64 [vocab_size]: how often each id occurs in the training split."""
     split_rule: SplitRule
