@@ -249,6 +249,47 @@ def data_show(corpus: ConfigOrCorpus) -> None:
     make_console().print(corpus_description(describe_corpus(_corpus_folder(corpus))))
 
 
+@data_app.command("index")
+def data_index(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder to make.")],
+    shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Tars of the training split.")],
+    tokenizer: Annotated[Path, typer.Option(metavar="MODEL", help="The sentencepiece model that the ids are of.")],
+    valid: Annotated[list[Path] | None, typer.Option(metavar="SHARD", help="A tar to validate on. Repeatable.")] = None,
+    test: Annotated[list[Path] | None, typer.Option(metavar="SHARD", help="A tar to test on. Repeatable.")] = None,
+    name: Annotated[str, typer.Option(help="What the corpus calls this source.")] = "shards",
+) -> None:
+    """Make a corpus of WebDataset tars that hold token ids (.npy).
+
+    The tars stay where they are. Tars of .txt or .json are sources for `data build`, which tokenizes them.
+
+    [bold]Example:[/bold] diptych data index corpora/theirs theirs-*.tar --tokenizer their.model --valid held-out.tar
+    """
+    from launch.display import make_console
+    from launch.tables import corpus_summary
+    from pretrain.data.joining import index_shards
+
+    parts = {"train": shards, "valid": valid or [], "test": test or []}
+    make_console().print(corpus_summary(index_shards(corpus, parts, tokenizer, name)))  # type: ignore[arg-type]
+
+
+@data_app.command("merge")
+def data_merge(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder to make.")],
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Corpora of one tokenizer and split rule.")],
+) -> None:
+    """Join corpora of one tokenizer.
+
+    Shards are linked where the file system allows it. Equal documents are in one split everywhere, but not removed.
+
+    [bold]Example:[/bold] diptych data merge corpora/all corpora/books corpora/web
+    """
+    from launch.display import make_console
+    from launch.tables import corpus_summary
+    from pretrain.data.joining import merge_corpora
+
+    make_console().print(corpus_summary(merge_corpora(corpus, parts)))
+
+
 def _corpus_folder(name: str) -> Path:
     """A folder as it is; anything else is a config, whose corpus is meant."""
     from pretrain.config import load_config

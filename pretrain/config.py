@@ -133,6 +133,9 @@ class DataConfig(_Section):
     rank alike, and count them."""
     cache: AbsolutePath | None = None
     """Folder on each node for what it has verified and fetched; by default `diptych` in the user's cache folder."""
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Source -> how often its documents are read each time their shard is; 1 where not given. At 0.5 a document is
+    read every other time, at 2 twice each time."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process. The order of rows does not depend on it."""
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -294,6 +297,25 @@ class EvaluationConfig(_Section):
     """Positions put through the model at once."""
 
 
+class PhaseConfig(_Section):
+    """A part of the run with settings of its own; what it does not give stays as the run has it."""
+
+    from_tokens: Annotated[int, Field(ge=1)]
+    """The phase begins with the first step after this many tokens (padding not counted)."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    """Positions per row."""
+    batch_size: Count | None = None
+    """Rows per optimizer step."""
+    micro_batch_size: Count | None = None
+    """Largest number of rows that one rank puts through the model at once."""
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the tokens that are to be predicted, constant during the phase."""
+    rotary_theta: Annotated[float, Field(gt=1)] | None = None
+    """Base of the rotary frequencies."""
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """As `data.source_weights`, for shards that are begun in the phase."""
+
+
 class RunConfig(_Section):
     """A complete run: corpus, model, training, evaluation."""
 
@@ -311,6 +333,33 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    phases: list[PhaseConfig] = []
+    """A curriculum, for instance long rows at the end: each phase changes some settings from a number of tokens on."""
+
+    def phase_at(self, tokens_seen: int) -> int:
+        """Number of the phase of the step after `tokens_seen`: 0 before the first of `phases`."""
+        return sum(phase.from_tokens <= tokens_seen for phase in self.phases)
+
+    def in_phase(self, phase: int) -> "RunConfig":
+        """The run's settings in a phase; a setting stays until a later phase changes it."""
+        given: dict[str, Any] = {}
+        for entry in self.phases[:phase]:
+            given |= entry.model_dump(exclude_none=True, exclude={"from_tokens"})
+
+        def section(config: _Section, keys: tuple[str, ...]) -> dict[str, Any]:
+            return config.model_dump() | {key: given[key] for key in keys if key in given}
+
+        data = section(self.data, ("sequence_length", "mask_rate", "source_weights"))
+        if "mask_rate" in given:
+            data["final_mask_rate"] = None
+        training = section(self.training, ("batch_size", "micro_batch_size"))
+        return self.model_copy(
+            update={
+                "data": DataConfig.model_validate(data),
+                "training": TrainingConfig.model_validate(training),
+                "model": ModelConfig.model_validate(section(self.model, ("rotary_theta",))),
+            }
+        )
 
     @property
     def run_folder(self) -> Path:
@@ -324,12 +373,22 @@ class RunConfig(_Section):
                 f"data.sequence_length = {self.data.sequence_length} is beyond model.max_positions = "
                 f"{self.model.max_positions}; raise the latter or use rotary positions"
             )
+        begins = [phase.from_tokens for phase in self.phases]
+        if begins != sorted(set(begins)):
+            raise ValueError(f"phases must begin one after another, but their from_tokens are {begins}")
+        for phase in range(1, len(self.phases) + 1):
+            self._check_phase(self.in_phase(phase), phase)
         if self.corpus.sources and self.corpus.min_train_shards < self.data.streams:
             raise ValueError(
                 f"data.streams = {self.data.streams} need a shard each, but corpus.min_train_shards = "
                 f"{self.corpus.min_train_shards}; lower the one or raise the other"
             )
         return self
+
+    def _check_phase(self, config: "RunConfig", phase: int) -> None:
+        longest = config.data.sequence_length
+        if config.model.positions == "learned" and longest > config.model.max_positions:
+            raise ValueError(f"phase {phase}: sequence_length = {longest} is beyond model.max_positions")
 
 
 def check_topology(config: RunConfig, world_size: int) -> None:
@@ -338,15 +397,16 @@ def check_topology(config: RunConfig, world_size: int) -> None:
     Raises:
         UserError: naming the two numbers and the choices that work.
     """
+    batches = [config.training.batch_size, *(phase.batch_size for phase in config.phases if phase.batch_size)]
     works = [
         n
         for n in range(1, config.data.streams + 1)
-        if config.data.streams % n == 0 and config.training.batch_size % n == 0
+        if all(number % n == 0 for number in (config.data.streams, *batches))
     ]
     if world_size not in works:
         raise UserError(
             f"{world_size} ranks cannot share data.streams = {config.data.streams} and training.batch_size = "
-            f"{config.training.batch_size} evenly; use one of {', '.join(map(str, works))} ranks, or change these"
+            f"{', '.join(map(str, batches))} evenly; use one of {', '.join(map(str, works))} ranks, or change these"
         )
 
 

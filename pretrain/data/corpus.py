@@ -161,7 +161,8 @@ def _build(config: CorpusConfig, inputs: Inputs, key: str, report: Report) -> Ma
     records, continuing = _open_records(config.path, state)
     found = scan(config, inputs, report)
     tokenizer = _finish_tokenizer(config, inputs, found, records, report)
-    place = Workplace(config.path, records, sha256_of(config.path / TOKENIZER), config.shard_bytes)
+    names = tuple(source.name for source in found.sources)
+    place = Workplace(config.path, records, sha256_of(config.path / TOKENIZER), config.shard_bytes, names)
     # A token of trained text is rarely shorter than two bytes; a residue is one token of one byte.
     per_byte = 1.0 if config.tokenizer.kind == "protein" else np.dtype(tokenizer.token_dtype).itemsize / 2
     groups = plan_groups(found, config, per_byte)

@@ -42,9 +42,20 @@ def masking_rule(config: RunConfig) -> MaskingRule:
     return MaskingRule.from_tokenizer(tokenizer, config.data)
 
 
-def packing_rule(config: RunConfig) -> PackingRule:
-    """How the run puts documents into rows."""
-    return PackingRule(config.data.sequence_length, config.data.packing, config.data.cut)
+def packing_rule(config: RunConfig, manifest: Manifest) -> PackingRule:
+    """How the run puts documents into rows.
+
+    Raises:
+        UserError: a weight for a source that the corpus does not have.
+    """
+    data, names = config.data, [source.name for source in manifest.sources]
+    if unknown := data.source_weights.keys() - set(names):
+        raise UserError(
+            f"source_weights names {', '.join(sorted(unknown))}, but the sources of {config.corpus.path} are "
+            f"{', '.join(names)}"
+        )
+    weights = tuple(data.source_weights.get(name, 1.0) for name in names) if data.source_weights else ()
+    return PackingRule(data.sequence_length, data.packing, data.cut, weights)
 
 
 def shard_access(config: RunConfig) -> ShardAccess:
@@ -109,10 +120,15 @@ def training_steps(
 ) -> Iterator[StepRows]:
     """This rank's steps after `state`, without end; the same rows and masks for any number of ranks and workers.
 
+    They are those of the phase that `state` is in.
+
     Raises:
         UserError: the corpus has fewer training shards than the run has streams.
     """
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, packing_rule(config), shard_access(config))
+    phase = state.rows.shape[1] - 1
+    rules = [packing_rule(config.in_phase(number), manifest) for number in range(phase + 1)]
+    config = config.in_phase(phase)
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, rules, shard_access(config))
     if source.num_shards < config.data.streams:
         raise UserError(
             f"the corpus at {config.corpus.path} is too small for its streams: {source.num_shards} training shards for "
@@ -141,7 +157,8 @@ def validation_batches(
     Every rank gives equally many batches, so that they can be evaluated together under any sharding; where the rows
     do not suffice, a row of padding stands in.
     """
-    source = RowSource(config.corpus.path, manifest, "valid", config.seed, packing_rule(config), shard_access(config))
+    rule_of_rows = replace(packing_rule(config, manifest), source_weights=())
+    source = RowSource(config.corpus.path, manifest, "valid", config.seed, [rule_of_rows], shard_access(config))
     rule = masking_rule(config)
     rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
     total = min(config.training.validation_rows, rows_in_epoch)

@@ -35,7 +35,8 @@ class ShardEntry(_Entry):
     bytes: int
     sha256: Digest
     index_sha256: Digest
-    """Of the index file, int64 [samples, 2]: byte offset of the first token in the tar, number of tokens."""
+    """Of the index file, int64 [samples, 3]: byte offset of the first token in the tar, number of tokens, number of
+    the source in `Manifest.sources`."""
     samples: int
     tokens: int
 
@@ -88,7 +89,8 @@ class Manifest(_Entry):
 
     format: Literal[1] = 1
     tokenizer: TokenizerEntry
-    token_dtype: Literal["uint8", "uint16", "uint32"]
+    token_dtype: Literal["uint8", "uint16", "uint32", "int16", "int32", "int64"]
+    """Little-endian; signed only in shards of others."""
     token_counts_sha256: Digest
     """Of token_counts.npy, int64 [vocab_size]: how often each id occurs in the training split."""
     split_rule: SplitRule

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.counter_random import bits, permutation
+from pretrain.data.counter_random import bits, permutation, uniform
 
 Ints = npt.NDArray[np.int64]
 
@@ -21,11 +21,13 @@ _ROW_ORDER, _ORDER_IN_ROW, _WHICH_PIECE, _DOCUMENT_ORDER = range(4)
 
 @dataclass(frozen=True)
 class PackingRule:
-    """How documents become rows; the fields are those of `DataConfig`."""
+    """How documents become rows in one phase of a run; the fields are those of `DataConfig`."""
 
     sequence_length: int
     packing: Literal["padded", "packed", "concatenated"] = "padded"
     cut: Literal["full", "even"] = "full"
+    source_weights: tuple[float, ...] = ()
+    """How often a document is read each time its shard is, by the number of its source; empty: once."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def whole_documents(document_lengths: Ints, repeats: Ints | None = None) -> Span
     samples = np.arange(len(document_lengths))
     samples = samples if repeats is None else np.repeat(samples, repeats)
     return Spans(samples, np.zeros(len(samples), dtype=np.int64), document_lengths[samples] + 2)
+
+
+def repeats_of(weights: npt.NDArray[np.float64], epoch: int, *key: int) -> Ints:
+    """How often each document is read in an epoch, int64 [documents]: in e epochs e x weight times, to within one."""
+    phase = uniform(*key, np.arange(len(weights)))
+    return (np.floor((epoch + 1) * weights + phase) - np.floor(epoch * weights + phase)).astype(np.int64)
 
 
 def remaining_spans(plan: RowPlan, rows: int) -> Spans:

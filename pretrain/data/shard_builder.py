@@ -72,6 +72,8 @@ class Workplace:
     records: Path
     tokenizer_sha256: str
     shard_bytes: int
+    sources: tuple[str, ...]
+    """Names, as the index numbers them."""
 
 
 def deal_to_groups(
@@ -127,7 +129,7 @@ def build_group(place: Workplace, group: Group, documents: Sequence[Document]) -
     ]
     shards = []
     for part, members in enumerate(cut_to_shards(encoded, place.shard_bytes)):
-        entry = write_shard(place.corpus, f"{group.name}{f'-{part}' if part else ''}.tar", members)
+        entry = write_shard(place.corpus, f"{group.name}{f'-{part}' if part else ''}.tar", members, place.sources)
         assert entry.bytes <= place.shard_bytes or entry.samples == 1, f"{entry.path} has {entry.bytes} bytes"
         shards.append(entry)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)

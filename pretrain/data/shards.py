@@ -5,7 +5,7 @@ of a document lie in the tar, and they are read from there.
 """
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,23 @@ class EncodedDocument:
     info: dict[str, Any]
 
 
-def write_shard(corpus: Path, relative: str, documents: Iterable[EncodedDocument]) -> ShardEntry:
-    """Write `documents` to `corpus/relative` (a .tar) with its index; the same documents give the same bytes."""
+def write_shard(
+    corpus: Path, relative: str, documents: Iterable[EncodedDocument], sources: Sequence[str]
+) -> ShardEntry:
+    """Write `documents` to `corpus/relative` (a .tar) with its index; the same documents give the same bytes.
+
+    `sources` are the names that the index numbers.
+    """
+    numbers = {name: number for number, name in reversed(list(enumerate(sources)))}
+    of_documents = []
     path = corpus / relative
     prefix = relative.removesuffix(".tar").replace("/", "-")
     with atomic_path(path) as temporary:
         with wds.TarWriter(str(temporary), mtime=0, user="", group="") as tar:
             for number, document in enumerate(documents):
+                of_documents.append(numbers[document.info["source"]])
                 tar.write({"__key__": f"{prefix}-{number:08d}", "npy": document.ids, "json": document.info})
-        index = index_shard(temporary)
+        index = np.column_stack((index_shard(temporary), np.array(of_documents, dtype=np.int64)))
     index_path = path.with_name(path.name.removesuffix(".tar") + ".index.npy")
     with atomic_path(index_path) as temporary, temporary.open("wb") as file:
         np.save(file, index)
@@ -103,7 +111,9 @@ class DamagedShardError(UserError):
 
 
 class Shard:
-    """A verified shard, open for reading; `lengths` are its documents' numbers of tokens, int64 [samples]."""
+    """A verified shard, open for reading; `lengths` are its documents' numbers of tokens, `sources` the manifest's
+    numbers of their sources, both int64 [samples].
+    """
 
     def __init__(
         self,
@@ -128,6 +138,7 @@ class Shard:
         if problem := _index_problem(index, entry, self._dtype):
             raise DamagedShardError(f"{corpus / entry.index_path} {problem}; make the corpus again")
         self._offsets, self.lengths = index[:, 0].tolist(), index[:, 1].copy()
+        self.sources = index[:, 2].copy() if index.shape[1] > 2 else np.zeros(len(index), dtype=np.int64)
         self._num_tokens: list[int] = self.lengths.tolist()
         self._bytes = np.asarray(np.memmap(corpus / entry.path, dtype=np.uint8, mode="r"))
 

@@ -5,13 +5,14 @@ are a permutation that depends on (seed, e); these permutations, one after anoth
 cards. So every shard is visited equally often, however many there are, and no rank can run out of rows. In a visit
 all chunks of all documents of the shard are taken once, in an order that depends on (seed, visit).
 
-Where a stream stands is two integers, its visit and its row in that visit; resuming opens the shards at hand.
+Where a stream stands is two integers, its visit and its row in that visit; resuming opens the shards at hand. Where a
+phase with other rows begins inside a visit, what is left of the visit is planned anew, so a visit has a row count for
+each phase of the run so far.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from pretrain.data.counter_random import permutation
 from pretrain.data.manifest import Manifest, ShardEntry, Split
-from pretrain.data.packing import PackingRule, RowPlan, plan_rows, whole_documents
+from pretrain.data.packing import PackingRule, RowPlan, plan_rows, remaining_spans, repeats_of, whole_documents
 from pretrain.data.shards import DamagedShardError, Shard
 from pretrain.data.tokenizer import BOS, EOS, PAD
 from pretrain.data.verified import VerifiedShards
@@ -29,8 +30,8 @@ from pretrain.files import sha256_of
 
 log = logging.getLogger(__name__)
 
-_SHARDS, _ROWS = 1, 2
-"""First part of a key, so that the two kinds of permutation are independent."""
+_SHARDS, _ROWS, _WEIGHTS = 1, 2, 10
+"""First part of a key, so that choices of these kinds are independent (others have the numbers between)."""
 
 
 PER_STREAM = ("visits", "rows", "lost")
@@ -48,15 +49,22 @@ class StreamState:
     visits: npt.NDArray[np.int64]
     """int64 [S]: the visit at hand of each stream, 0 for its first."""
     rows: npt.NDArray[np.int64]
-    """int64 [S]: rows already taken in that visit."""
+    """int64 [S, P]: rows already taken in that visit in each phase of the run so far; the last is the one at hand."""
     lost: npt.NDArray[np.int64]
     """int64 [S]: samples passed over so far because their shard was damaged."""
 
     @classmethod
     def start(cls, streams: int) -> "StreamState":
         """Nothing taken yet."""
-        visits, rows, lost = np.zeros((3, streams), dtype=np.int64)
-        return cls(0, 0, visits, rows, lost)
+        visits, lost = np.zeros((2, streams), dtype=np.int64)
+        return cls(0, 0, visits, np.zeros((streams, 1), dtype=np.int64), lost)
+
+    def in_phase(self, phase: int) -> "StreamState":
+        """The same place, to be read on from in a phase, whose rows are counted anew."""
+        streams, phases = self.rows.shape
+        assert phases <= phase + 1, "a run does not go back to an earlier phase"
+        new = np.zeros((streams, phase + 1 - phases), dtype=np.int64)
+        return StreamState(self.position, self.positions, self.visits, np.hstack((self.rows, new)), self.lost)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -68,11 +76,11 @@ class StreamState:
         """The inverse of `to_json`."""
         return cls(value["position"], value["positions"], *(np.array(value[name], np.int64) for name in PER_STREAM))
 
-    def of_streams(self, streams: Iterable[int]) -> dict[int, list[int]]:
+    def of_streams(self, streams: Iterable[int]) -> dict[int, list[Any]]:
         """The numbers of some streams, by stream."""
-        return {s: [int(getattr(self, name)[s]) for name in PER_STREAM] for s in streams}
+        return {s: [getattr(self, name)[s].tolist() for name in PER_STREAM] for s in streams}
 
-    def merged(self, parts: Iterable[dict[int, list[int]]]) -> "StreamState":
+    def merged(self, parts: Iterable[dict[int, list[Any]]]) -> "StreamState":
         """This state, with every stream's numbers as the rank that reads it reported them by `of_streams`."""
         fields = {name: getattr(self, name).copy() for name in PER_STREAM}
         for part in parts:
@@ -103,7 +111,10 @@ class ShardAccess:
 
 
 class RowSource:
-    """The shards of one split, as visits: which shard comes when, cut and packed into which rows."""
+    """The shards of one split, as visits: which shard comes when, cut and packed into which rows.
+
+    `rules` are those of the run's phases, up to the one at hand.
+    """
 
     def __init__(
         self,
@@ -111,15 +122,15 @@ class RowSource:
         manifest: Manifest,
         split: Split,
         seed: int,
-        packing: PackingRule,
+        rules: Sequence[PackingRule],
         shards: ShardAccess | None = None,
     ) -> None:
         self._corpus, self._dtype = corpus, manifest.token_dtype
         self._entries = manifest.splits[split].shards
-        self._seed, self._packing, self._shards = seed, packing, shards or ShardAccess()
+        self._seed, self._rules, self._shards = seed, rules, shards or ShardAccess()
         if not self._entries:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
-        self._permutation = lru_cache(maxsize=4)(lambda epoch: permutation(len(self._entries), seed, _SHARDS, epoch))
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -128,51 +139,77 @@ class RowSource:
 
     @property
     def sequence_length(self) -> int:
-        """Positions per row."""
-        return self._packing.sequence_length
+        """Positions per row, in the phase at hand."""
+        return self._rules[-1].sequence_length
 
     def entry(self, dealt: int) -> ShardEntry:
         """The shard of visit number `dealt` (over all streams)."""
-        epoch, card = divmod(dealt, len(self._entries))
-        return self._entries[self._permutation(epoch)[card]]
+        return self._entries[self._number(dealt)]
 
-    def open(self, dealt: int) -> tuple[Shard, RowPlan]:
-        """The shard of visit number `dealt`, verified, and its rows in order.
+    def _number(self, dealt: int) -> int:
+        epoch, card = divmod(dealt, len(self._entries))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(len(self._entries), self._seed, _SHARDS, epoch)
+        return int(self._order[1][card])
+
+    def open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan]:
+        """The shard of visit number `dealt`, verified, and its rows in order, in the phase at hand.
+
+        `rows` were taken in this visit in each phase so far; by default the visit has just begun.
 
         Raises:
             DamagedShardError: under `on_corrupt: error`, the shard is not what the manifest says.
         """
         shard = Shard(self._corpus, self.entry(dealt), self._dtype, self._shards.verified.problem)
-        return shard, self._plan(shard.lengths, dealt)
+        return shard, self._plan(shard.lengths, shard.sources, dealt, rows or [0] * len(self._rules))
 
-    def try_open(self, dealt: int) -> tuple[Shard, RowPlan] | None:
+    def try_open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan] | None:
         """The same; None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
         try:
-            return self.open(dealt)
+            return self.open(dealt, rows)
         except DamagedShardError as error:
             if self._shards.on_corrupt == "error":
                 raise
             log.warning("%d samples skipped: %s", self.entry(dealt).samples, error)
             return None
 
-    def samples_after(self, dealt: int, rows: int) -> int:
-        """Samples of a damaged shard that are not, or not wholly, in the first `rows` rows of a visit.
+    def samples_after(self, dealt: int, rows: Sequence[int]) -> int:
+        """Samples of a damaged shard that are not, or not wholly, in the rows that were taken of a visit.
 
         Where the index is lost too, all of them.
         """
         entry = self.entry(dealt)
         path = self._corpus / entry.index_path
-        if rows == 0 or not path.is_file() or sha256_of(path) != entry.index_sha256:
+        if not any(rows) or not path.is_file() or sha256_of(path) != entry.index_sha256:
             return entry.samples
-        plan = self._plan(np.load(path, allow_pickle=False)[:, 1], dealt)
-        return len(np.unique(plan.samples[plan.bounds[rows] :]))
+        index = np.load(path, allow_pickle=False)
+        sources = index[:, 2] if index.shape[1] > 2 else np.zeros(len(index), dtype=np.int64)
+        plan = self._plan(index[:, 1], sources, dealt, rows)
+        return len(np.unique(plan.samples[plan.bounds[rows[-1]] :]))
 
-    def _plan(self, document_lengths: npt.NDArray[np.int64], dealt: int) -> RowPlan:
-        return plan_rows(whole_documents(document_lengths), self._packing, self._seed, _ROWS, dealt)
+    def _plan(
+        self,
+        lengths: npt.NDArray[np.int64],
+        sources: npt.NDArray[np.int64],
+        dealt: int,
+        rows: Sequence[int],
+    ) -> RowPlan:
+        """The rows of a visit: what earlier phases left of it, by the rule of the phase at hand."""
+        begun = next((phase for phase, taken in enumerate(rows) if taken), len(rows) - 1)
+        repeats, weights = None, self._rules[begun].source_weights
+        if weights:
+            key = (self._seed, _WEIGHTS, self._number(dealt))
+            repeats = repeats_of(np.array(weights)[sources], dealt // len(self._entries), *key)
+        spans = whole_documents(lengths, repeats)
+        for phase in range(begun, len(rows) - 1):
+            if rows[phase]:
+                earlier = plan_rows(spans, self._rules[phase], self._seed, _ROWS, dealt, phase)
+                spans = remaining_spans(earlier, rows[phase])
+        return plan_rows(spans, self._rules[-1], self._seed, _ROWS, dealt, len(rows) - 1)
 
     def read(self, shard: Shard, plan: RowPlan, row: int) -> Row:
         """One row's ids, with begin and end symbols, padded."""
-        ids = np.full(self._packing.sequence_length, PAD, dtype=np.int64)
+        ids = np.full(self.sequence_length, PAD, dtype=np.int64)
         begins, column = [], 0
         pieces = slice(plan.bounds[row], plan.bounds[row + 1])
         of_pieces = (numbers[pieces].tolist() for numbers in (plan.samples, plan.starts, plan.lengths))
@@ -223,8 +260,8 @@ class StreamReader:
         for number in range(first + (self._rank - first) % self._world_size, first + count, self._world_size):
             stream = number % self._streams
             shard, plan = self._open_with_rows_left(stream)
-            row = int(self._rows[stream])
-            self._rows[stream] += 1
+            row = int(self._rows[stream, -1])
+            self._rows[stream, -1] += 1
             yield number, self._source.read(shard, plan, row) if read else None
 
     def _open_with_rows_left(self, stream: int) -> tuple[Shard, RowPlan]:
@@ -233,9 +270,9 @@ class StreamReader:
         """
         opened = self._at_hand.get(stream) or self._open(stream)
         visits_left = 2 * self._source.num_shards
-        while opened is None or self._rows[stream] >= len(opened[1]):
+        while opened is None or self._rows[stream, -1] >= len(opened[1]):
             if opened is None:
-                self._lost[stream] += self._source.samples_after(self._dealt(stream), int(self._rows[stream]))
+                self._lost[stream] += self._source.samples_after(self._dealt(stream), self._rows[stream].tolist())
             visits_left -= 1
             if not visits_left:
                 raise UserError("none of the shards that are left has a row to give; run `diptych data verify`")
@@ -249,4 +286,4 @@ class StreamReader:
         return int(self._visits[stream]) * self._streams + stream
 
     def _open(self, stream: int) -> tuple[Shard, RowPlan] | None:
-        return self._source.try_open(self._dealt(stream))
+        return self._source.try_open(self._dealt(stream), self._rows[stream].tolist())

@@ -118,6 +118,7 @@ def evaluate_run(
     manifest = load_manifest(config.corpus.path)
     path = _find_checkpoint(run_folder, step)
     state = load_state(path)
+    config = config.in_phase(config.phase_at(state.tokens_seen))
     if state.fingerprint != manifest.fingerprint:
         raise UserError(f"{path} was trained on another corpus than {config.corpus.path} is now: its tokens may differ")
     model = MaskedLanguageModel(config.model, manifest.tokenizer.vocab_size)

@@ -77,7 +77,7 @@ class Engine:
             config=deepspeed_config(config, world_size, self.precision),
             dist_init_required=False,
         )
-        self.module: nn.Module = self._deepspeed.module
+        self.module: Any = self._deepspeed.module
         for parameter in self._flat_parameters():
             state = self.torch_optimizer.state[parameter]
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -119,6 +119,13 @@ class Engine:
             if not math.isfinite(self._norm):
                 self._deepspeed.zero_grad()
         self._deepspeed.step()
+
+    def enter_phase(self, config: RunConfig, world_size: int) -> None:
+        """Go on with the batch size and the rotary base of `config`; weights and moments stay."""
+        self.config = config
+        self._deepspeed.set_train_batch_size(accumulation_steps(config, world_size) * world_size)
+        encoder = self.module.encoder
+        encoder.config = encoder.config.model_copy(update={"rotary_theta": config.model.rotary_theta})
 
     def train(self) -> None:
         """Gradients will be wanted."""

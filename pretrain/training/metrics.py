@@ -47,7 +47,8 @@ class Metrics:
             peak: FLOP/s of all devices together, or None where it is not known.
             rank: of this process.
         """
-        self._folder, self._flops, self._peak, self._rank = folder, flops, peak, rank
+        self._folder, self._peak, self._rank = folder, peak, rank
+        self.flops = flops
         self._pending: list[StepRecord] = []
         if rank == 0:
             _drop_after(folder / "metrics.jsonl", step)
@@ -69,10 +70,10 @@ class Metrics:
         seconds = max(sum(r.seconds for r in records), 1e-9)
         tokens, masked = sum(r.tokens for r in records), sum(r.masked for r in records)
         rate = masked / max(tokens, 1)
-        flops_per_s = tokens * self._flops.total(rate) / seconds
+        flops_per_s = tokens * self.flops.total(rate) / seconds
         speed: dict[str, Any] = {"tokens_per_s": tokens / seconds, "flops_per_s": flops_per_s}
         if self._peak:
-            as_full = tokens * self._flops.total_as_full(rate) / seconds
+            as_full = tokens * self.flops.total_as_full(rate) / seconds
             speed |= {"mfu": flops_per_s / self._peak, "mfu_triangles_as_full": as_full / self._peak}
         last: dict[str, Any] = {}
         for record, (loss_sum, correct) in zip(records, sums.tolist(), strict=True):

@@ -43,7 +43,9 @@ class Trainer:
         self, config: RunConfig, rank: int, world_size: int, device: torch.device, stop_request: StopRequest
     ) -> None:
         check_topology(config, world_size)
-        self.config, self.rank, self.world_size = config, rank, world_size
+        self.run, self.rank, self.world_size = config, rank, world_size
+        self.config = config
+        """As `run`, with the settings of the phase at hand."""
         self.stop_request = stop_request
         self.checkpoints = config.run_folder / "checkpoints"
         self.manifest = load_manifest(config.corpus.path)
@@ -72,7 +74,7 @@ class Trainer:
     def train(self) -> int:
         """Train to the last token, or to a stop; returns the exit code."""
         config = self.config.training
-        steps = training_steps(self.config, self.manifest, self.state.stream, self.rank, self.world_size)
+        steps = self._enter_phase()
         self._report("training")
         skipped_in_a_row = 0
         self.stopwatch.lap()
@@ -92,12 +94,35 @@ class Trainer:
                 self._validate()
             if step % self.config.checkpoint.every == 0:
                 self._save()
+            if self.run.phase_at(self.state.tokens_seen) != self._phase:
+                steps = self._enter_phase()
         self._log()
         if self.state.step % config.validate_every:
             self._validate()
         self._save()
         self._close("done", steps)
         return EXIT_DONE
+
+    def _enter_phase(self) -> Iterator[StepRows]:
+        """Take the settings of the phase that the next step is in; returns its steps.
+
+        What workers have read ahead under the settings before is dropped: the state goes with the rows that were
+        trained on, so nothing is lost or repeated.
+        """
+        self._phase = self.run.phase_at(self.state.tokens_seen)
+        self.config = config = self.run.in_phase(self._phase)
+        self.engine.enter_phase(config, self.world_size)
+        vocab_size = self.manifest.tokenizer.vocab_size
+        self._log()
+        self.metrics.flops = flops_per_token(config.model, vocab_size, config.data.sequence_length)
+        self.state = replace(self.state, stream=self.state.stream.in_phase(self._phase))
+        if self._phase:
+            self._event(
+                f"phase {self._phase} at {self.state.tokens_seen:,} tokens: rows of {config.data.sequence_length}, "
+                f"{config.training.batch_size} a step, mask rate {config.data.mask_rate:g}, rotary theta "
+                f"{config.model.rotary_theta:g}"
+            )
+        return training_steps(self.run, self.manifest, self.state.stream, self.rank, self.world_size)
 
     def _resume(self) -> TrainingState:
         """The state to go on from: that of the newest valid checkpoint, or the beginning."""

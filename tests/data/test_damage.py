@@ -127,10 +127,10 @@ def test_skipping_keeps_one_order_and_one_count_on_any_ranks_workers_and_resumes
 def test_a_shard_damaged_in_the_middle_of_its_visit_loses_only_what_was_not_read(make_config, copy):
     manifest = load_manifest(copy)
     config = config_of(make_config, copy, data={"on_corrupt": "skip"})
-    source = RowSource(copy, manifest, "train", config.seed, PackingRule(32))
+    source = RowSource(copy, manifest, "train", config.seed, [PackingRule(32)])
     plan = source.open(0)[1]
     state = StreamState.start(16)
-    state.rows[0] = len(plan) - 4
+    state.rows[0, 0] = len(plan) - 4
     damage(copy / source.entry(0).path, "flip in a payload")
     step = next(training_steps(config, manifest, state, 0, 1))
     unread = len(set(plan.samples[-4:].tolist()))

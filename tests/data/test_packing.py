@@ -118,7 +118,7 @@ def test_documents_of_a_row_are_numbered_and_their_positions_restart():
 
 def test_packed_batches_hold_whole_documents_with_their_symbols(make_config, manifest):
     config = make_config(data={"packing": "packed", "sequence_length": 128})
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(128, "packed"))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(128, "packed")])
     shard, plan = source.open(0)
     seen = 0
     for number in range(len(plan)):
@@ -160,7 +160,7 @@ def test_real_corpora_fill_more_than_98_percent(name, length, tmp_path_factory, 
     path = tmp_path_factory.getbasetemp() / f"packed-{name}"
     config = load_config(str(ROOT / f"configs/data/{name}.yaml"), [f"corpus.path={path}"])
     build_corpus(config.corpus)
-    source = RowSource(path, load_manifest(path), "train", 1, PackingRule(length, "packed"))
+    source = RowSource(path, load_manifest(path), "train", 1, [PackingRule(length, "packed")])
     plans = [source.open(visit)[1] for visit in range(source.num_shards)]
     share = sum(plan.lengths.sum() for plan in plans) / (sum(map(len, plans)) * length)
     print(f"{name}, rows of {length}: {share:.2%} filled")

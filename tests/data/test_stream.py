@@ -48,7 +48,7 @@ def merged(states: list[StreamState]) -> StreamState:
 )
 def test_order_is_the_same_on_any_number_of_ranks_and_workers_across_an_epochs_end(make_config, manifest, packing):
     config = make_config(data={"packing": packing})
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32, packing))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32, packing)])
     epoch = sum(len(source.open(visit)[1]) for visit in range(source.num_shards))
     steps = epoch * 5 // 4 // 16
     expected = rows_of(first_steps(config, manifest, steps))
@@ -73,7 +73,7 @@ def test_three_resumes_in_a_row_on_other_ranks_and_workers_continue_the_sequence
 
 def test_every_document_is_read_exactly_once_in_every_visit_of_its_shard(make_config, manifest):
     config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32)])
     for epoch in range(2):
         seen: Counter[bytes] = Counter()
         for visit in range(epoch * source.num_shards, (epoch + 1) * source.num_shards):
@@ -92,7 +92,7 @@ def test_every_document_is_read_exactly_once_in_every_visit_of_its_shard(make_co
 
 def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest):
     config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32)])
     shard, plan = source.open(0)
     sample = int(np.argmax(shard.lengths))
     rows = sorted(np.flatnonzero(plan.samples == sample), key=lambda row: plan.starts[row])
@@ -104,7 +104,7 @@ def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest
 def test_epochs_and_seeds_have_orders_of_their_own(make_config, manifest):
     def opening(seed: int, visit: int) -> list[int]:
         return (
-            RowSource(make_config().corpus.path, manifest, "train", seed, PackingRule(32))
+            RowSource(make_config().corpus.path, manifest, "train", seed, [PackingRule(32)])
             .open(visit)[1]
             .starts[:20]
             .tolist()
@@ -153,7 +153,7 @@ def test_a_damaged_shard_is_named_before_anything_of_it_is_read(manifest, tmp_pa
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    source = RowSource(copy, load_manifest(copy), "train", 7, PackingRule(32))
+    source = RowSource(copy, load_manifest(copy), "train", 7, [PackingRule(32)])
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         [source.open(visit) for visit in range(source.num_shards)]
 
@@ -169,7 +169,7 @@ def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
 
 def test_reader_counts_rows_without_reading_them(make_config, manifest):
     config = make_config()
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, PackingRule(32))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32)])
     counted, read = (StreamReader(source, StreamState.start(16)) for _ in range(2))
     assert [number for number, row in counted.rows(50, read=False) if row is None] == list(range(50))
     list(read.rows(50))
