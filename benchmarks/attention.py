@@ -309,7 +309,7 @@ def main() -> None:
     """Measure, write, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (2)")
-    parser.add_argument("--rounds", type=int, default=Sizes.rounds, help="of interleaved timing")
+    parser.add_argument("--rounds", type=int, default=5, help="of interleaved timing (5)")
     parser.add_argument("--only", choices=["cpu", "cuda"], help="leave the other device unmeasured")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     options = parser.parse_args()
@@ -321,8 +321,8 @@ def main() -> None:
     on = machine()
     rows = measure(Sizes(rounds=options.rounds), devices, lambda what: print(what, flush=True) if what else None)
     name = "attention-cuda" if "cuda" in devices else "attention-cpu"
+    write_results(options.out / f"{name}.json", "Attention, side by side", rows, on, f"{name}.png")
     plot(rows, options.out / f"{name}.png")
-    write_results(options.out / f"{name}.json", "Attention, side by side", rows, on, {}, f"{name}.png")
     print((options.out / f"{name}.md").read_text())
 
 

@@ -128,19 +128,16 @@ def command() -> str:
     return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
-def write_results(
-    path: Path, title: str, rows: Sequence[Row], on: dict[str, Any], extra: dict[str, Any], plot: str | None
-) -> None:
-    """Write `path`.json and `path`.md."""
+def write_results(path: Path, title: str, rows: Sequence[Row], on: dict[str, Any], plot: str) -> None:
+    """Write `path`.json and `path`.md, which shows the picture `plot` beside it."""
     records = [{**asdict(row), "verdict": row.verdict} for row in rows]
-    write_json(path.with_suffix(".json"), {"format": 1, "machine": on, "command": command(), **extra, "rows": records})
+    write_json(path.with_suffix(".json"), {"format": 1, "machine": on, "command": command(), "rows": records})
     gpu = f"; {on['gpu']}" if on["gpu"] else "; no GPU"
     head = (
         f"{on['cores']} cores ({on['cpu']}), {on['threads']} threads{gpu}; load average before: "
         f"{on['load_average_before']}. Python {on['python']}, torch {on['torch']}, {on['date']}: `{command()}`."
     )
-    picture = f"\n![{title}]({plot})\n" if plot else ""
-    write_text(path.with_suffix(".md"), f"# {title}\n\n{head}\n{picture}\n{markdown(rows)}")
+    write_text(path.with_suffix(".md"), f"# {title}\n\n{head}\n\n![{title}]({plot})\n\n{markdown(rows)}")
 
 
 def markdown(rows: Sequence[Row]) -> str:

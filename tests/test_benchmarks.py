@@ -1,28 +1,30 @@
 """The benchmarks run, at sizes that say nothing, and their verdicts are right."""
 
+import functools
 import json
+import sys
 
 import pytest
+import torch
 
 from benchmarks import attention
-from benchmarks.timing import Row, compare, paired, write_results
+from benchmarks.timing import Row, compare, paired
 
-TINY = attention.Sizes(
-    rounds=1,
-    heads=2,
-    width=8,
-    lengths=(64, 128),
-    target_length=64,
-    flex_length=128,
-    window=16,
-    window_length=64,
-    linear_length=256,
-    packed_length=96,
-    packed_documents=4,
-    step_rows=2,
-    step_length=16,
-    step_hidden=32,
-)
+TINY = {
+    "heads": 2,
+    "width": 8,
+    "lengths": (64, 128),
+    "target_length": 64,
+    "flex_length": 128,
+    "window": 16,
+    "window_length": 64,
+    "linear_length": 256,
+    "packed_length": 96,
+    "packed_documents": 4,
+    "step_rows": 2,
+    "step_length": 16,
+    "step_hidden": 32,
+}
 
 
 def test_variants_are_timed_in_turn_and_in_both_orders():
@@ -49,11 +51,14 @@ def plain_flex(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_every_row_of_the_attention_benchmark_is_in_its_results(plain_flex, tmp_path):
-    rows = attention.measure(TINY, {"cpu"})
-    attention.plot(rows, tmp_path / "a.png")
-    write_results(tmp_path / "a.json", "Attention", rows, attention.machine(), {}, "a.png")
-    saved = json.loads((tmp_path / "a.json").read_text())
+def test_every_row_of_the_attention_benchmark_is_in_its_results(plain_flex, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "new folder"
+    monkeypatch.setattr(attention, "Sizes", functools.partial(attention.Sizes, **TINY))
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--only", "cpu", "--rounds", "1", "--out", str(folder)])
+    threads = torch.get_num_threads()
+    attention.main()
+    torch.set_num_threads(threads)
+    saved = json.loads((folder / "attention-cpu.json").read_text())
     named = {(row["name"], row["subject"], row["reference"]): row for row in saved["rows"]}
     for length in (64, 128):
         for subject in ("dual-triangle", "causal", "windowed, W=16"):
@@ -72,8 +77,9 @@ def test_every_row_of_the_attention_benchmark_is_in_its_results(plain_flex, tmp_
     assert len(cuda) == 2 * 3 * 3
     assert {row["verdict"] for row in cuda} == {"unmeasured"}
     assert {row["target"] for row in cuda} == {1.6, 1.3, 1.0}
-    text = (tmp_path / "a.md").read_text()
+    text = (folder / "attention-cpu.md").read_text()
     assert text.count("\n| cpu") + text.count("\n| cuda") == len(saved["rows"])
+    assert text in capsys.readouterr().out
     assert text.count("unmeasured: no GPU here") == len(cuda)
     assert {"cpu", "cores", "threads", "torch", "date"} <= saved["machine"].keys()
-    assert (tmp_path / "a.png").stat().st_size > 5_000
+    assert (folder / "attention-cpu.png").stat().st_size > 5_000
