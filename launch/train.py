@@ -49,6 +49,11 @@ def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:
         UserError: there is no corpus and nothing to build it from, it is not what its manifest says, or it was built
             from other sources or settings than the config's.
     """
+    if corpus.url and not (corpus.path / MANIFEST).is_file():
+        from pretrain.data.remote import fetch_description
+
+        say(console, f"fetching the manifest of {corpus.url} to {corpus.path}")
+        fetch_description(corpus.url, corpus.path)
     if corpus.sources and not (corpus.path / MANIFEST).is_file():
         say(console, f"there is no finished corpus at {corpus.path} yet: building it")
         return build(corpus, console)

@@ -33,8 +33,14 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """One set of raw files to read documents from."""
 
+<<<<<<< HEAD
     path: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
     """A file, a folder (read recursively) or a glob; relative to the working directory."""
+=======
+    path: str
+    """A file, a folder (read recursively) or a glob, relative to the working directory; or a URL (http, https, and with
+    patterns s3, gs and others), which is fetched once into the user's cache folder."""
+>>>>>>> data
     format: Literal["auto", "text", "jsonl", "fasta", "parquet", "webdataset"] = "auto"
     """`auto` decides by the name: .txt, .jsonl, .fasta, .fa, .faa, .parquet or .tar, each also with .gz or .zst (but
     parquet). A WebDataset tar gives a document for each sample with a .txt, or a .json with the text field."""
@@ -101,6 +107,9 @@ class CorpusConfig(_Section):
 
     path: AbsolutePath
     """The corpus folder: tokenizer.model, manifest.json, and train/, valid/, test/ with WebDataset shards."""
+    url: str | None = None
+    """A corpus elsewhere (http, https, s3, gs, ...): what `path` lacks of it is fetched, shards into the node's cache
+    as they are needed."""
     sources: list[SourceConfig] = []
     """Raw documents to build from. Empty: the corpus must exist already."""
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -136,6 +145,12 @@ class DataConfig(_Section):
     source_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Source -> how often its documents are read each time their shard is; 1 where not given. At 0.5 a document is
     read every other time, at 2 twice each time."""
+    cache_bytes: Count = 100 * 2**30
+    """Room for shards that were fetched, on each node; those opened longest ago go first."""
+    fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Without a byte for so long, an attempt to fetch has failed."""
+    fetch_attempts: Count = 8
+    """Attempts to fetch a file, with growing pauses, before the run stops."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process. The order of rows does not depend on it."""
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2

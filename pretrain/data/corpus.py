@@ -98,7 +98,7 @@ def build_key(config: CorpusConfig, inputs: Inputs) -> str:
 
     Folders are not in it, so a corpus stays the same when it, or its raw files, move.
     """
-    settings = config.model_dump(mode="json", exclude={"path", "processes", "sources"})
+    settings = config.model_dump(mode="json", exclude={"path", "url", "processes", "sources"})
     settings["sources"] = [source.model_dump(mode="json", exclude={"path"}) for source in config.sources]
     settings["files"] = [[(file.label, file.path.stat().st_size) for file in files] for files in inputs]
     model = config.tokenizer.model

@@ -15,9 +15,9 @@ from pretrain.data.counter_random import bits
 from pretrain.data.manifest import TOKENIZER, Manifest, Split
 from pretrain.data.masking import MaskingRule, mask_rows, rate_at
 from pretrain.data.packing import PackingRule
-from pretrain.data.stream import Row, RowSource, ShardAccess, StreamReader, StreamState
+from pretrain.data.shard_access import ShardAccess
+from pretrain.data.stream import Row, RowSource, StreamReader, StreamState
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.verified import VerifiedShards, default_cache
 from pretrain.errors import UserError
 
 _MASKS = {"train": 3, "valid": 4, "test": 5}
@@ -56,11 +56,6 @@ def packing_rule(config: RunConfig, manifest: Manifest) -> PackingRule:
         )
     weights = tuple(data.source_weights.get(name, 1.0) for name in names) if data.source_weights else ()
     return PackingRule(data.sequence_length, data.packing, data.cut, weights)
-
-
-def shard_access(config: RunConfig) -> ShardAccess:
-    """How the run checks its shards."""
-    return ShardAccess(VerifiedShards(config.data.cache or default_cache()), config.data.on_corrupt)
 
 
 def make_batch(rows: list[Row], numbers: list[int], rule: MaskingRule, seed: int, split: Split) -> Batch:
@@ -128,7 +123,7 @@ def training_steps(
     phase = state.rows.shape[1] - 1
     rules = [packing_rule(config.in_phase(number), manifest) for number in range(phase + 1)]
     config = config.in_phase(phase)
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, rules, shard_access(config))
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, rules, ShardAccess.of_run(config, manifest))
     if source.num_shards < config.data.streams:
         raise UserError(
             f"the corpus at {config.corpus.path} is too small for its streams: {source.num_shards} training shards for "
@@ -158,7 +153,9 @@ def validation_batches(
     do not suffice, a row of padding stands in.
     """
     rule_of_rows = replace(packing_rule(config, manifest), source_weights=())
-    source = RowSource(config.corpus.path, manifest, "valid", config.seed, [rule_of_rows], shard_access(config))
+    source = RowSource(
+        config.corpus.path, manifest, "valid", config.seed, [rule_of_rows], ShardAccess.of_run(config, manifest)
+    )
     rule = masking_rule(config)
     rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
     total = min(config.training.validation_rows, rows_in_epoch)

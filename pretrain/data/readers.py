@@ -18,7 +18,9 @@ from typing import Literal, cast
 from pretrain.config import SourceConfig
 from pretrain.data.containers import open_zstd, parquet_records, webdataset_records
 from pretrain.data.documents import BadRecord, DamagedFileError, Document, Format, InputFile, Record, decode_utf8
+from pretrain.data.remote import fetch_raw
 from pretrain.data.tokenizer import RESIDUES
+from pretrain.data.verified import default_cache
 from pretrain.errors import UserError
 
 SUFFIXES: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta"}
@@ -43,6 +45,8 @@ def find_inputs(source: SourceConfig) -> list[InputFile]:
     Raises:
         UserError: nothing matches the path, or the format cannot be told from a file's name.
     """
+    if "://" in source.path:
+        return [InputFile(p, p.name, _format_of(source, p)) for p in fetch_raw(source.path, default_cache())]
     place = Path(source.path).expanduser()
     if place.is_dir():
         visible = (p for p in place.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(place)))

@@ -12,9 +12,9 @@ each phase of the run so far.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ import numpy.typing as npt
 from pretrain.data.counter_random import permutation
 from pretrain.data.manifest import Manifest, ShardEntry, Split
 from pretrain.data.packing import PackingRule, RowPlan, plan_rows, remaining_spans, repeats_of, whole_documents
+from pretrain.data.shard_access import ShardAccess
 from pretrain.data.shards import DamagedShardError, Shard
 from pretrain.data.tokenizer import BOS, EOS, PAD
-from pretrain.data.verified import VerifiedShards
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
 
@@ -102,14 +102,6 @@ class Row:
     """Positions that are not padding."""
 
 
-@dataclass(frozen=True)
-class ShardAccess:
-    """How shards are checked, and what happens to a damaged one; the fields are those of `DataConfig`."""
-
-    verified: VerifiedShards = field(default_factory=lambda: VerifiedShards(None))
-    on_corrupt: Literal["error", "skip"] = "error"
-
-
 class RowSource:
     """The shards of one split, as visits: which shard comes when, cut and packed into which rows.
 
@@ -160,7 +152,7 @@ class RowSource:
         Raises:
             DamagedShardError: under `on_corrupt: error`, the shard is not what the manifest says.
         """
-        shard = Shard(self._corpus, self.entry(dealt), self._dtype, self._shards.verified.problem)
+        shard = self._shards.open(self._corpus, self.entry(dealt), self._dtype)
         return shard, self._plan(shard.lengths, shard.sources, dealt, rows or [0] * len(self._rules))
 
     def try_open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan] | None:
@@ -172,6 +164,10 @@ class RowSource:
                 raise
             log.warning("%d samples skipped: %s", self.entry(dealt).samples, error)
             return None
+
+    def fetch_ahead(self, dealt: int) -> None:
+        """A visit will come soon."""
+        self._shards.fetch_ahead(self._corpus, self.entry(dealt))
 
     def samples_after(self, dealt: int, rows: Sequence[int]) -> int:
         """Samples of a damaged shard that are not, or not wholly, in the rows that were taken of a visit.
@@ -279,6 +275,8 @@ class StreamReader:
             self._visits[stream] += 1
             self._rows[stream] = 0
             opened = self._open(stream)
+        if stream not in self._at_hand or opened is not self._at_hand[stream]:
+            self._source.fetch_ahead(self._dealt(stream) + self._streams)
         self._at_hand[stream] = opened
         return opened
 

@@ -21,7 +21,7 @@ from pretrain.data.counter_random import bits, permutation, uniform
 from pretrain.data.loader import masking_rule
 from pretrain.data.manifest import TOKEN_COUNTS, Manifest, load_manifest
 from pretrain.data.masking import MaskingRule, mask_rows
-from pretrain.data.shards import Shard
+from pretrain.data.shard_access import ShardAccess
 from pretrain.data.tokenizer import BOS, EOS
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
@@ -179,8 +179,9 @@ def _find_checkpoint(run_folder: Path, step: int | None) -> Path:
 def _documents(config: RunConfig, manifest: Manifest) -> list[Ids]:
     """The documents of the split that are longer than a row, with begin and end symbols."""
     documents = []
+    access = ShardAccess.of_run(config, manifest)
     for entry in manifest.splits[config.evaluation.split].shards:
-        shard = Shard(config.corpus.path, entry, manifest.token_dtype)
+        shard = access.open(config.corpus.path, entry, manifest.token_dtype)
         for sample in np.flatnonzero(shard.lengths + 2 >= config.data.sequence_length):
             ids = shard.tokens(int(sample), 0, int(shard.lengths[sample])).astype(np.int64)
             documents.append(np.concatenate(([BOS], ids, [EOS])))
