@@ -30,17 +30,16 @@ class _Section(BaseModel):
     )
 
 
+def _absolute_unless_url(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 class SourceConfig(_Section):
     """One set of raw files to read documents from."""
 
-<<<<<<< HEAD
-    path: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
-    """A file, a folder (read recursively) or a glob; relative to the working directory."""
-=======
-    path: str
+    path: Annotated[str, AfterValidator(_absolute_unless_url)]
     """A file, a folder (read recursively) or a glob, relative to the working directory; or a URL (http, https, and with
     patterns s3, gs and others), which is fetched once into the user's cache folder."""
->>>>>>> data
     format: Literal["auto", "text", "jsonl", "fasta", "parquet", "webdataset"] = "auto"
     """`auto` decides by the name: .txt, .jsonl, .fasta, .fa, .faa, .parquet or .tar, each also with .gz or .zst (but
     parquet). A WebDataset tar gives a document for each sample with a .txt, or a .json with the text field."""
