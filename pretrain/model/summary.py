@@ -4,6 +4,7 @@ Nothing is allocated, so a model of any size is summarized in an instant. FLOPs 
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -100,13 +101,17 @@ def _heads(config: ModelConfig) -> Heads:
         "bidirectional": (("full", "past, self and future"),),
     }[config.attention]
     num = len(triangles)
-    return Heads(config.num_heads, config.head_dim, num * config.num_heads, config.head_dim // num, triangles)
+    return Heads(config.num_heads, config.head_size, num * config.num_heads, config.head_size // num, triangles)
 
 
 def _layers(config: ModelConfig) -> list[Layers]:
-    positions = {
-        "rotary": f"rotary, theta {config.rotary_theta:,.0f}",
-        "learned": f"learned, up to {config.max_positions:,}",
-        "none": "none",
-    }[config.positions]
-    return [Layers(1, config.num_layers, "global", positions)]
+    """Runs of equal layers, in order."""
+    runs: list[Layers] = []
+    for layer, run in groupby(config.resolved_layers):
+        first = runs[-1].last + 1 if runs else 1
+        span = "global" if layer.window is None else f"window of {layer.window:,}"
+        positions = "none" if layer.rotary_theta is None else f"rotary, theta {layer.rotary_theta:,.0f}"
+        if config.positions == "learned":
+            positions = f"learned, up to {config.max_positions:,}"
+        runs.append(Layers(first, first + len(list(run)) - 1, span, positions))
+    return runs
