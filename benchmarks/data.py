@@ -161,7 +161,8 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     yield f"`{result['command']}`, one core of {result['machine']['cores']} ({result['machine']['processor']}); "
     yield ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + ".\n"
     yield "## Tokens per second of one core\n"
-    yield "Diptych: shards hashed, rows packed, masked and batched. webdataset: `WebDataset(...).decode()`. By CPU time.\n"
+    yield "Diptych: shards hashed, rows packed, masked and batched; webdataset: `WebDataset(...).decode()`."
+    yield "By CPU time.\n"
     yield "| corpus | tokens a document | row | Diptych | webdataset | ratio |\n|---|---|---|---|---|---|"
     for row in result["reading"]:
         yield (
