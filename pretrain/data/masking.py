@@ -92,16 +92,21 @@ def mask_rows(ids: Ids, row_keys: UInt64, rule: MaskingRule) -> tuple[Ids, Ids]:
     Returns:
         input_ids int64 [B, L], and labels int64 [B, L] with IGNORED where nothing is predicted.
     """
-    keys, columns = row_keys[:, None], np.arange(ids.shape[1])[None, :]
+    # The key first, then the column: so a row's key is mixed once, and only one mixing is done for each position.
     special = rule.is_special[ids]
-    selected = _selected(ids, uniform(keys, columns, 0), special, rule) & ~special
-    labels = np.where(selected, ids, IGNORED)
-    fate = uniform(keys, columns, 1)
-    becomes_mask = selected & (fate < rule.mask_token_share)
-    becomes_random = selected & ~becomes_mask & (fate < rule.mask_token_share + rule.random_token_share)
+    random = uniform(row_keys[:, None], 0, np.arange(ids.shape[1])[None, :])
+    rows, columns = np.nonzero(_selected(ids, random, special, rule) & ~special)
+    keys, chosen = row_keys[rows], ids[rows, columns]
+    fate = uniform(keys, 1, columns)
     pieces = np.flatnonzero(~rule.is_special)
-    random_ids = pieces[bits(keys, columns, 2) % np.uint64(len(pieces))]
-    return np.where(becomes_mask, MASK, np.where(becomes_random, random_ids, ids)), labels
+    random_ids = pieces[bits(keys, 2, columns) % np.uint64(len(pieces))]
+    becomes_random = fate < rule.mask_token_share + rule.random_token_share
+    input_ids, labels = ids.copy(), np.full_like(ids, IGNORED)
+    input_ids[rows, columns] = np.where(
+        fate < rule.mask_token_share, MASK, np.where(becomes_random, random_ids, chosen)
+    )
+    labels[rows, columns] = chosen
+    return input_ids, labels
 
 
 def _selected(
