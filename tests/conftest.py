@@ -50,7 +50,7 @@ def tiny_run(corpus_values: dict[str, Any], runs: Path, name: str, **sections: d
         "runs": str(runs),
         "seed": 7,
         "corpus": corpus_values,
-        "data": {"sequence_length": 32, "streams": 16, "workers": 0},
+        "data": {"sequence_length": 32, "streams": 16, "workers": 0, "cache": str(runs.parent / "cache")},
         "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
         "training": {"tokens": 12_000, "batch_size": 16, "micro_batch_size": 4, "validation_rows": 40},
     }
