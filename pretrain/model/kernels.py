@@ -71,19 +71,24 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side
 
 def _documents(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Triangle) -> Tensor:
     """Packed rows: documents one by one."""
-    unpacked = layout.unpacked
+    unpacked, shape = layout.unpacked, q.shape[:2]
+    if unpacked.in_place:
+        rectangle = (unpacked.buckets[0].documents, unpacked.buckets[0].longest)
+        q, k, v = (x.flatten(0, 1).unflatten(0, rectangle) for x in (q, k, v))
+        if side == "future":
+            out = _call(q.flip(1), k.flip(1), v.flip(1), causal=True).flip(1)
+        else:
+            out = _call(q, k, v, causal=side == "past")
+        return out.flatten(0, 1).unflatten(0, shape)
     order = unpacked.backward if side == "future" else unpacked.forward
     sizes = [bucket.documents * bucket.longest for bucket in unpacked.buckets]
-    moved = side == "future" or not unpacked.in_place
-    flat = (order.apply(x.flatten(0, 1)) if moved else x.flatten(0, 1) for x in (q, k, v))
-    pieces = zip(*(x.split(sizes) for x in flat), strict=True)
+    pieces = zip(*(order.apply(x.flatten(0, 1)).split(sizes) for x in (q, k, v)), strict=True)
     outputs = []
     for bucket, piece in zip(unpacked.buckets, pieces, strict=True):
         part = tuple(x.unflatten(0, (bucket.documents, bucket.longest)) for x in piece)
         mask = None if side != "both" or bucket.filled is None else bucket.filled[:, None, None, :]
         outputs.append(_call(part[0], part[1], part[2], causal=side != "both", mask=mask).flatten(0, 1))
-    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return (order.inverted.apply(out) if moved else out).unflatten(0, q.shape[:2])
+    return order.inverted.apply(torch.cat(outputs)).unflatten(0, shape)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:

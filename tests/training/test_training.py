@@ -85,6 +85,20 @@ def test_a_run_stopped_and_resumed_twice_continues_bit_for_bit_at_every_stage(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_dropout_and_dropped_positions_continue_bit_for_bit_with_blocks_computed_again(
+    make_config, manifest, tmp_path, sharding
+):
+    training = {"sharding": sharding, "precision": "fp32", "tokens": 6_000, "activation_checkpointing": "full"}
+    model = {"dropout": 0.1, "drop_positions_after": 3_000, "unet": True, "qk_norm": True, "layers": [{"span": 9}, {}]}
+    pair = [make_config(kind, training=training, model=model) for kind in ("whole", "broken")]
+    for config in pair:
+        open_run_folder(config, manifest)
+    assert run_on_ranks(train_whole_and_in_pieces, 2, tmp_path / "ranks", [pair]) == [[[0, 75, 75, 0]]] * 2
+    assert curve(pair[0]) == curve(pair[1])
+
+
+@pytest.mark.slow
 def test_a_run_continues_on_other_ranks_and_another_stage(make_config, manifest, tmp_path):
     whole, moved = (
         make_config("whole", training={"precision": "fp32"}),
