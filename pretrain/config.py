@@ -13,24 +13,19 @@ from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from pretrain.errors import UserError
+from pretrain.model_config import LayerConfig as LayerConfig
+from pretrain.model_config import ModelConfig as ModelConfig
+from pretrain.section import Count, Section, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
 """A relative path is taken from the working directory of the command, once; the saved config holds it absolute."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """One set of raw files to read documents from."""
 
     path: str
@@ -47,7 +42,7 @@ class SourceConfig(_Section):
     """JSONL only: the field that holds the document's id; the line number where it is absent."""
 
 
-class TokenizerConfig(_Section):
+class TokenizerConfig(Section):
     """The sentencepiece model that turns text into ids."""
 
     kind: Literal["unigram", "bpe", "protein"] = "unigram"
@@ -64,7 +59,7 @@ class TokenizerConfig(_Section):
     """An existing sentencepiece model to use instead of training one."""
 
 
-class SplitsConfig(_Section):
+class SplitsConfig(Section):
     """Which share of the documents, by hash of their text, is held out."""
 
     valid: Share = 0.05
@@ -79,12 +74,12 @@ class SplitsConfig(_Section):
         return self
 
 
-class CorpusConfig(_Section):
+class CorpusConfig(Section):
     """How `diptych data build` makes a corpus, and where it lies."""
 
     path: AbsolutePath
     """The corpus folder: tokenizer.model, manifest.json, and train/, valid/, test/ with WebDataset shards."""
-    sources: list[SourceConfig] = []
+    sources: list[SourceConfig] = Field(default=[])
     """Raw documents to build from. Empty: the corpus must exist already."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     splits: SplitsConfig = SplitsConfig()
@@ -98,7 +93,7 @@ class CorpusConfig(_Section):
     """Processes that encode; 0 means one per core. The result does not depend on it."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """How shards become rows."""
 
     sequence_length: Annotated[int, Field(ge=8)] = 128
@@ -121,62 +116,7 @@ class DataConfig(_Section):
         return self
 
 
-class ModelConfig(_Section):
-    """The encoder's shape. Its vocabulary comes from the corpus."""
-
-    hidden_size: Count = 128
-    """Width of the residual stream."""
-    num_layers: Count = 4
-    num_heads: Count = 2
-    """Logical heads; under dual-triangle attention each becomes two sub-heads of half its width."""
-    intermediate_size: Count | None = None
-    """Width inside the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 32."""
-    attention: Literal["dual_triangle", "bidirectional", "causal"] = "dual_triangle"
-    positions: Literal["rotary", "learned", "none"] = "rotary"
-    rotary_theta: Annotated[float, Field(gt=1)] = 10_000.0
-    """Base of the rotary frequencies."""
-    max_positions: Count = 2048
-    """Learned positions only: how many there are. A longer row is refused."""
-    tie_embeddings: bool = True
-    """Use the embedding matrix as the output matrix too."""
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
-    init_std: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviation of the initial weights, by default sqrt(2 / (5 x hidden_size)) (Nguyen and Salazar, arXiv
-    1910.05895); projections back into the residual stream are scaled down by sqrt(2 x num_layers)."""
-    kernel: Literal["auto", "sdpa", "dense"] = "auto"
-    """Attention kernel; `dense` is the slow reference."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a logical head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def ffn_size(self) -> int:
-        """Width inside the SwiGLU."""
-        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
-
-    @property
-    def initial_std(self) -> float:
-        """Standard deviation of the initial weights."""
-        return self.init_std or (2 / (5 * self.hidden_size)) ** 0.5
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> "ModelConfig":
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}")
-        rotated = self.head_dim // 2 if self.attention == "dual_triangle" else self.head_dim
-        if self.attention == "dual_triangle" and self.head_dim % 2:
-            raise ValueError(f"a head of width {self.head_dim} cannot be split into two sub-heads; make it even")
-        if self.positions == "rotary" and rotated % 2:
-            raise ValueError(
-                f"rotary positions rotate pairs, but a {'sub-head' if rotated != self.head_dim else 'head'} is "
-                f"{rotated} wide; choose hidden_size / num_heads a multiple of {4 if rotated != self.head_dim else 2}"
-            )
-        return self
-
-
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
@@ -189,7 +129,7 @@ class OptimizerConfig(_Section):
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Warm-up, stable, decay: the learning rate as a pure function of tokens seen."""
 
     warmup: Share = 0.03
@@ -206,7 +146,7 @@ class ScheduleConfig(_Section):
         return self
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How long, in what portions, in which precision, and how it is spread over ranks."""
 
     tokens: Count = 3_500_000
@@ -219,6 +159,11 @@ class TrainingConfig(_Section):
     """`auto` is bf16 where the processor multiplies bf16 matrices natively, fp32 elsewhere."""
     sharding: Literal["none", "optimizer", "gradients", "full"] = "optimizer"
     """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3."""
+    activation_checkpointing: Literal["none", "full"] | Count = "none"
+    """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
+    k (every k-th block)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks, once for all lengths; `auto` is on for CUDA."""
     max_skipped_steps: Count = 5
     """Stop with an error after this many steps in a row whose gradient norm was not finite."""
     log_every: Count = 10
@@ -229,7 +174,7 @@ class TrainingConfig(_Section):
     """Rows of the validation split in each of them, with fixed masks (fewer if the split has fewer)."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the run is saved, and what is kept."""
 
     every: Count = 100
@@ -240,10 +185,10 @@ class CheckpointConfig(_Section):
     """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """The context-extension report."""
 
-    lengths: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8]
+    lengths: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 8])
     """Context lengths, as multiples of `data.sequence_length`; 1 is always among them."""
     windows: Count = 256
     """Target windows to score; each is scored at every length."""
@@ -253,7 +198,7 @@ class EvaluationConfig(_Section):
     """Positions put through the model at once."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A complete run: corpus, model, training, evaluation."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]

@@ -125,6 +125,7 @@ def evaluate_run(
     if config.model.tie_embeddings:
         weights["head.weight"] = weights["encoder.embedding.weight"]
     model.load_state_dict(weights)
+    model.encoder.see_tokens(state.tokens_seen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = _Scorer(model.to(device).eval(), device, config)
 

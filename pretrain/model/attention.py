@@ -30,6 +30,7 @@ _KERNELS = {"sdpa": kernels.sdpa, "varlen": kernels.varlen, "flex": flex, "dense
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
+@torch.compiler.disable(recursive=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -112,8 +113,7 @@ def choose_kernel(
         reason = "varlen flash attention needs compute capability 8.0"
     else:
         choice, reason = "varlen", "packed rows or windows: flash attention over documents laid end to end"
-    if not torch.compiler.is_compiling():
-        _announce(choice, reason)
+    _announce(choice, reason)
     return choice
 
 

@@ -22,7 +22,6 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-@torch.compiler.disable(recursive=True)
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
     """Attention by flex_attention: compiled on CUDA; on CPU uncompiled and forward only.
 

@@ -69,9 +69,8 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side
     return _call(q, k, v, mask=mask)
 
 
-@torch.compiler.disable(recursive=True)
 def _documents(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Triangle) -> Tensor:
-    """Packed rows: documents one by one. Not compiled: the rectangles are others in every batch."""
+    """Packed rows: documents one by one."""
     unpacked = layout.unpacked
     order = unpacked.backward if side == "future" else unpacked.forward
     sizes = [bucket.documents * bucket.longest for bucket in unpacked.buckets]
@@ -140,7 +139,6 @@ def _window_mask(layout: AttentionLayout, side: Triangle, window: int, block: in
 # ----------------------------------------------------------------------------------------------------- varlen
 
 
-@torch.compiler.disable(recursive=True)
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
     """Flash attention over documents laid end to end, without padding between them. CUDA, bf16 or fp16."""
     from torch.nn.attention.varlen import varlen_attn

@@ -6,6 +6,7 @@ A user never writes a DeepSpeed config. ZeRO divides gradients by the number of 
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
+from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.optimizer import build_optimizer
 
@@ -29,6 +31,33 @@ def resolve_precision(config: RunConfig) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
     return "bf16" if native else "fp32"
+
+
+def checkpoint_every(config: RunConfig) -> int:
+    """Every how many blocks one is computed again in the backward pass; 0 for none."""
+    choice = config.training.activation_checkpointing
+    return {"none": 0, "full": 1}[choice] if isinstance(choice, str) else choice
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether the blocks are compiled: what `auto` means on this device."""
+    choice = config.training.compile
+    return device.type == "cuda" if choice == "auto" else choice == "on"
+
+
+def compile_blocks(encoder: Encoder, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each block before and after its attention, for any number of rows and positions.
+
+    Attention is left out: its kernels are compiled already, and what they are given differs between batches in more
+    than length. Blocks share what is compiled, and the names of parameters stay as they are. The first shape is
+    compiled as it is; if another comes, once more for any number of rows or positions, widths staying constants.
+    """
+    # Rotary or not, one row or several, one table or one a row, training or not: more than torch's 8 variants.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    for block in encoder.blocks:
+        assert isinstance(block, Block)
+        for part in ("before_attention", "after_attention"):
+            setattr(block, part, torch.compile(getattr(block, part), backend=backend))
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
@@ -61,7 +90,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict
 class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, world_size: int, device: torch.device) -> None:
+    def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
         import deepspeed
 
@@ -70,6 +99,10 @@ class Engine:
         self.device, self.config = device, config
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
+        self._encoder = model.encoder
+        self._encoder.checkpoint_every = checkpoint_every(config)
+        if compiles(config, device):
+            compile_blocks(self._encoder)
         self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -119,6 +152,10 @@ class Engine:
             if not math.isfinite(self._norm):
                 self._deepspeed.zero_grad()
         self._deepspeed.step()
+
+    def see_tokens(self, tokens_seen: int) -> None:
+        """Tell the encoder how many tokens the run has seen: some configs drop positions after so many."""
+        self._encoder.see_tokens(tokens_seen)
 
     def train(self) -> None:
         """Gradients will be wanted."""

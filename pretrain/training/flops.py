@@ -15,7 +15,7 @@ class FlopsPerToken:
     matrices: float
     """Projections and feed-forward layers."""
     attention: float
-    """Scores and weighted sums, counting only the pairs that the triangles hold."""
+    """Scores and weighted sums, counting only the pairs that the triangles and windows hold."""
     attention_as_full: float
     """The same, counted as if every position attended to every other."""
     head_per_masked_token: float
@@ -33,15 +33,23 @@ class FlopsPerToken:
 def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -> FlopsPerToken:
     """Training FLOPs per token: the backward pass costs twice the forward pass."""
     h = model.hidden_size
-    parameters = model.num_layers * (4 * h * h + 3 * h * model.ffn_size)
-    full = model.num_layers * 4 * sequence_length * h
-    pairs = 1.0 if model.attention == "bidirectional" else (sequence_length + 1) / (2 * sequence_length)
+    parameters = model.num_layers * (4 * h * model.attention_size + 3 * h * model.ffn_size)
+    per_key = 4 * model.attention_size
+    keys = sum(keys_per_query(model, layer.window, sequence_length) for layer in model.resolved_layers)
     return FlopsPerToken(
         matrices=3 * 2 * parameters,
-        attention=3 * full * pairs,
-        attention_as_full=3 * full,
+        attention=3 * per_key * keys,
+        attention_as_full=3 * per_key * model.num_layers * sequence_length,
         head_per_masked_token=3 * 2 * h * vocab_size,
     )
+
+
+def keys_per_query(model: ModelConfig, window: int | None, sequence_length: int) -> float:
+    """Keys that a query of a (sub-)head attends to, on average over a row of one document."""
+    reach = min(window or sequence_length, sequence_length)
+    # The first queries of a triangle see 1, 2, ... reach keys, all others `reach`.
+    one_side = reach - reach * (reach - 1) / (2 * sequence_length)
+    return 2 * one_side - 1 if model.attention == "bidirectional" else one_side
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -38,18 +38,33 @@ def agree_on_step(batch: Batch, stop_requested: bool) -> StepTotals:
     return StepTotals(masked, tokens, checksum, bool(stop))
 
 
-def train_step(engine: Engine, batch: Batch, totals: StepTotals, micro_batch_size: int, world_size: int) -> Tensor:
+def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """What torch's generator is seeded with before a micro-batch, so that a resumed run drops the same elements."""
+    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def train_step(
+    engine: Engine,
+    batch: Batch,
+    totals: StepTotals,
+    micro_batch_size: int,
+    world_size: int,
+    dropout_key: tuple[int, int, int] | None = None,
+) -> Tensor:
     """Forward and backward over the micro-batches of this rank's rows, then the update.
 
     The loss is the sum over masked positions divided by the masked positions of the whole step, over all ranks and
     micro-batches: not a mean of means. ZeRO divides gradients by the number of ranks, hence the factor.
+    `dropout_key` is (seed, step, rank), None without dropout.
 
     Returns:
         float32 [2] on the device: this rank's summed loss in nats, and its correctly predicted positions.
     """
     sums = torch.zeros(2, device=engine.device)
     scale = world_size / max(totals.masked, 1)
-    for micro_batch in batch.split(micro_batch_size):
+    for number, micro_batch in enumerate(batch.split(micro_batch_size)):
+        if dropout_key is not None:
+            torch.manual_seed(dropout_seed(*dropout_key, number))
         layout = AttentionLayout.from_batch(micro_batch).to(engine.device)
         losses, correct = engine.forward(micro_batch.to(engine.device), layout)
         loss = losses.sum()

@@ -120,7 +120,10 @@ class Trainer:
         tokens_seen = self.state.tokens_seen + totals.tokens
         rate = learning_rate(tokens_seen, config.training.tokens, config.optimizer.learning_rate, config.schedule)
         self.engine.set_learning_rate(rate)
-        sums = train_step(self.engine, rows.batch, totals, config.training.micro_batch_size, self.world_size)
+        self.engine.see_tokens(self.state.tokens_seen)
+        dropout_key = (config.seed, self.state.step, self.rank) if config.model.dropout else None
+        micro_batch_size = config.training.micro_batch_size
+        sums = train_step(self.engine, rows.batch, totals, micro_batch_size, self.world_size, dropout_key)
         grad_norm = self.engine.grad_norm
         self.state = TrainingState(
             step=self.state.step + 1,
@@ -158,6 +161,7 @@ class Trainer:
     def _validate(self) -> None:
         self._report("validating")
         self.engine.eval()
+        self.engine.see_tokens(self.state.tokens_seen)
         sums = torch.zeros(3, device=self.engine.device)
         micro_batch_size = self.config.training.micro_batch_size
         for batch in validation_batches(self.config, self.manifest, self.rank, self.world_size, micro_batch_size):

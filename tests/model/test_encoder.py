@@ -43,7 +43,7 @@ def test_reversing_the_input_and_swapping_the_triangles_reverses_the_output():
     config = small(positions="none")
     encoder, swapped = Encoder(config, 50), Encoder(config, 50)
     swapped.load_state_dict(encoder.state_dict())
-    half = config.head_dim // 2
+    half = config.head_size // 2
     for block in swapped.blocks:
         qkv = block.attention.qkv.weight.data.view(3, config.num_heads, 2, half, -1)
         qkv.copy_(qkv.flip(2).clone())
