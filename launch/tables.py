@@ -141,7 +141,9 @@ def model_tables(summary: "ModelSummary", title: str) -> Group:
     columns = ["heads", "number", "width", "each attends to"]
     layout = table(None, columns, [*sub_heads, whole] if split else [whole])
     layout.columns[-1].justify = "left"
-    layers = ([f"{g.first} to {g.last}", g.span, g.positions] for g in summary.layers)
+    layers = (
+        [f"{g.first} to {g.last}" if g.last > g.first else f"{g.first}", g.span, g.positions] for g in summary.layers
+    )
     return Group(parameters, layout, table(None, ["layers", "span", "positions"], layers, numbers_from=3))
 
 

@@ -3,13 +3,12 @@
 Nothing is allocated, so a model of any size is summarized in an instant. FLOPs are in `pretrain/training/flops.py`.
 """
 
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 import torch
 
-from pretrain.config import ModelConfig
 from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model_config import LayerConfig, ModelConfig
 
 GROUPS = ("embedding", "attention", "feed-forward", "norms", "head", "other")
 """In the order of a forward pass; `other` holds what is none of these, and is there only where it is not empty."""
@@ -101,17 +100,30 @@ def _heads(config: ModelConfig) -> Heads:
         "bidirectional": (("full", "past, self and future"),),
     }[config.attention]
     num = len(triangles)
-    return Heads(config.num_heads, config.head_size, num * config.num_heads, config.head_size // num, triangles)
+    return Heads(config.num_heads, config.head_size, num * config.num_heads, config.sub_head_size, triangles)
 
 
 def _layers(config: ModelConfig) -> list[Layers]:
-    """Runs of equal layers, in order."""
     runs: list[Layers] = []
-    for layer, run in groupby(config.resolved_layers):
-        first = runs[-1].last + 1 if runs else 1
-        span = "global" if layer.window is None else f"window of {layer.window:,}"
-        positions = "none" if layer.rotary_theta is None else f"rotary, theta {layer.rotary_theta:,.0f}"
-        if config.positions == "learned":
-            positions = f"learned, up to {config.max_positions:,}"
-        runs.append(Layers(first, first + len(list(run)) - 1, span, positions))
+    for number, layer in enumerate(config.resolved_layers, start=1):
+        span, positions = _span(config, layer), _positions(config, layer)
+        if runs and (runs[-1].span, runs[-1].positions) == (span, positions):
+            runs[-1] = replace(runs[-1], last=number)
+        else:
+            runs.append(Layers(number, number, span, positions))
     return runs
+
+
+def _span(config: ModelConfig, layer: LayerConfig) -> str:
+    if layer.window is None:
+        return "global"
+    return f"{layer.window:,} positions" + (" either side" if config.attention == "bidirectional" else "")
+
+
+def _positions(config: ModelConfig, layer: LayerConfig) -> str:
+    if config.positions == "learned":
+        return f"learned, up to {config.max_positions:,}"
+    if layer.positions == "none":
+        return "none"
+    dropped = config.drop_positions_after
+    return f"rotary, theta {layer.rotary_theta:,.0f}" + (f", dropped after {dropped:,} tokens" if dropped else "")

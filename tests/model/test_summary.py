@@ -67,3 +67,22 @@ def test_layers_say_their_span_and_positions():
     (layers,) = summarize(ModelConfig(num_layers=5, rotary_theta=50_000), 50).layers
     assert (layers.first, layers.last, layers.span, layers.positions) == (1, 5, "global", "rotary, theta 50,000")
     assert summarize(ModelConfig(positions="none"), 50).layers[0].positions == "none"
+
+
+def test_a_pattern_of_layers_is_told_in_runs_of_equal_layers():
+    local = {"span": 128, "rotary_theta": 1_000}
+    pattern = {"layers": [local, local, {"positions": "none"}], "drop_positions_after": 5_000}
+    layers = summarize(ModelConfig.model_validate({"num_layers": 5, **pattern}), 50).layers
+    rotary = "rotary, theta 1,000, dropped after 5,000 tokens"
+    assert [(run.first, run.last, run.span, run.positions) for run in layers] == [
+        (1, 2, "128 positions", rotary),
+        (3, 3, "global", "none"),
+        (4, 5, "128 positions", rotary),
+    ]
+
+
+def test_norms_of_queries_and_keys_are_norms_and_skip_weights_are_apart():
+    plain, more = numbers(), numbers(qk_norm=True, unet=True)
+    assert more["norms"] - plain["norms"] == 3 * 2 * 8
+    assert more["other"] == 2 + 2 + 3
+    assert numbers(head_dim=32)["attention"] == 3 * 4 * 64 * 128
