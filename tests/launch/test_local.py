@@ -303,9 +303,11 @@ def test_a_signal_before_the_ranks_can_handle_it_is_still_an_interruption(launch
 
 def test_no_rank_survives_a_launcher_that_is_killed(launcher):
     process, run_folder = launcher(*[{"sleep": 60, "on_term": "ignore"}] * 2)
+    assert len(running_pids(run_folder)) == 2
     process.kill()
     process.wait()
     wait_for(lambda: running_pids(run_folder) == [], timeout_s=3)
+    assert running_pids(run_folder) == []
 
 
 # ---------------------------------------------------------------------------------------- a rank's surroundings
