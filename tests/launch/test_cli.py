@@ -14,7 +14,8 @@ import typer
 
 import launch
 from launch import train
-from launch.cli import main, resumable
+from launch.cli import main
+from launch.commands.arguments import resumable
 from pretrain.errors import UserError
 
 CHECKOUT = Path(launch.__file__).parent.parent

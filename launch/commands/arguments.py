@@ -1,0 +1,44 @@
+"""Arguments that several commands take, and how a command that can be resumed is interrupted."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from pretrain.errors import EXIT_RESUME_ME
+
+Config = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with Diptych: quickstart."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for instance training.tokens=1000000."),
+]
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C or SIGTERM inside: say how to go on, and exit with 75."""
+    process = os.getpid()
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            # A forked worker, which has inherited this handler.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(EXIT_RESUME_ME) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

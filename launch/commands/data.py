@@ -1,0 +1,141 @@
+"""`diptych data`: build, verify and look at a corpus."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.commands.arguments import Config, Overrides, resumable
+from pretrain.errors import EXIT_FAILED, UserError
+
+app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
+
+ConfigOrCorpus = Annotated[
+    str, typer.Argument(metavar="CONFIG_OR_CORPUS", help="A config, or a corpus folder (with a manifest.json).")
+]
+
+
+class OnBad(StrEnum):
+    """What to do with a record that cannot be read."""
+
+    ERROR = "error"
+    SKIP = "skip"
+
+
+@app.command("build")
+def data_build(
+    config: Config,
+    overrides: Overrides = None,
+    on_bad: Annotated[
+        OnBad | None, typer.Option(help="A record that cannot be read: stop and name it, or skip and count it.")
+    ] = None,
+) -> None:
+    """Build a config's corpus.
+
+    Trains the tokenizer, splits the documents, writes shards and the manifest. Can be interrupted and run again.
+
+    [bold]Example:[/bold] diptych data build my.yaml corpus.processes=8 --on-bad skip
+    """
+    from launch.display import make_console
+    from launch.tables import corpus_summary
+    from launch.train import build
+    from pretrain.config import load_config
+
+    with resumable():
+        run = load_config(config, [*(overrides or []), *([f"corpus.on_bad={on_bad.value}"] if on_bad else [])])
+        if not run.corpus.sources:
+            raise UserError(f"{config} has no corpus.sources to build from; give at least one, each with a path")
+        console = make_console()
+        manifest = build(run.corpus, console)
+        console.print(corpus_summary(manifest))
+        console.print(f"corpus: {run.corpus.path}", markup=False, soft_wrap=True)
+
+
+@app.command("verify")
+def data_verify(corpus: ConfigOrCorpus) -> None:
+    """Check every byte of a corpus against its manifest.
+
+    The exit code is 1 if something is missing or damaged.
+
+    [bold]Example:[/bold] diptych data verify corpora/quickstart
+    """
+    from launch.local import num_cores
+    from pretrain.data.manifest import MANIFEST, load_manifest
+
+    path = _corpus_folder(corpus)
+    if not (path / MANIFEST).is_file():
+        load_manifest(path)
+    from pretrain.data.corpus import verify_corpus
+
+    problems = verify_corpus(path, num_cores())
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} problems in {path}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
+    print(f"every file of {path} is what its manifest says")
+
+
+@app.command("show")
+def data_show(corpus: ConfigOrCorpus) -> None:
+    """Show what a corpus holds.
+
+    Sources, splits, document lengths, entropy, examples.
+
+    [bold]Example:[/bold] diptych data show corpora/quickstart
+    """
+    from launch.display import make_console
+    from launch.tables import corpus_description
+    from pretrain.data.corpus import describe_corpus
+
+    make_console().print(corpus_description(describe_corpus(_corpus_folder(corpus))))
+
+
+@app.command("index")
+def data_index(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder to make.")],
+    shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Tars of the training split.")],
+    tokenizer: Annotated[Path, typer.Option(metavar="MODEL", help="The sentencepiece model that the ids are of.")],
+    valid: Annotated[list[Path] | None, typer.Option(metavar="SHARD", help="A tar to validate on. Repeatable.")] = None,
+    test: Annotated[list[Path] | None, typer.Option(metavar="SHARD", help="A tar to test on. Repeatable.")] = None,
+    name: Annotated[str, typer.Option(help="What the corpus calls this source.")] = "shards",
+) -> None:
+    """Make a corpus of WebDataset tars that hold token ids (.npy).
+
+    The tars stay where they are. Tars of .txt or .json are sources for `data build`, which tokenizes them.
+
+    [bold]Example:[/bold] diptych data index corpora/theirs theirs-*.tar --tokenizer their.model --valid held-out.tar
+    """
+    from launch.display import make_console
+    from launch.tables import corpus_summary
+    from pretrain.data.joining import index_shards
+
+    parts = {"train": shards, "valid": valid or [], "test": test or []}
+    make_console().print(corpus_summary(index_shards(corpus, parts, tokenizer, name)))  # type: ignore[arg-type]
+
+
+@app.command("merge")
+def data_merge(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder to make.")],
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Corpora of one tokenizer and split rule.")],
+) -> None:
+    """Join corpora of one tokenizer.
+
+    Shards are linked where the file system allows it. Equal documents are in one split everywhere, but not removed.
+
+    [bold]Example:[/bold] diptych data merge corpora/all corpora/books corpora/web
+    """
+    from launch.display import make_console
+    from launch.tables import corpus_summary
+    from pretrain.data.joining import merge_corpora
+
+    make_console().print(corpus_summary(merge_corpora(corpus, parts)))
+
+
+def _corpus_folder(name: str) -> Path:
+    """A folder as it is; anything else is a config, whose corpus is meant."""
+    from pretrain.config import load_config
+
+    return Path(name).absolute() if Path(name).is_dir() else load_config(name).corpus.path

@@ -1,0 +1,92 @@
+"""`diptych evaluate`: measure a trained encoder, or train small ones on a synthetic task."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.commands.arguments import resumable
+
+app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
+probe_app = typer.Typer(no_args_is_help=True, help="Train small encoders on a synthetic task, to compare their kinds.")
+app.add_typer(probe_app, name="probe")
+
+
+class Split(StrEnum):
+    """Held-out documents."""
+
+    VALID = "valid"
+    TEST = "test"
+
+
+class Attention(StrEnum):
+    """Kinds of encoders."""
+
+    DUAL_TRIANGLE = "dual_triangle"
+    BIDIRECTIONAL = "bidirectional"
+    CAUSAL = "causal"
+
+
+class Positions(StrEnum):
+    """How an encoder is told where its tokens stand."""
+
+    NONE = "none"
+    ROTARY = "rotary"
+    LEARNED = "learned"
+
+
+@app.command("context")
+def evaluate_context(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the evaluation section, for instance windows=64."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Checkpoint to read; by default the newest.")] = None,
+    split: Annotated[Split | None, typer.Option(help="Documents to read; by default as configured.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where runs are looked for by name.")] = Path("runs"),
+) -> None:
+    """Read sequences longer than those trained on.
+
+    Writes a report with curves into the run's folder: the loss by context length, and what the context is worth.
+
+    [bold]Example:[/bold] diptych evaluate context quickstart --split valid windows=64
+    """
+    from launch.display import make_console
+    from launch.runs import find_run
+    from launch.train import evaluate_context as evaluate_run
+
+    run_folder = find_run(run, folder)
+    changes = [*(overrides or []), *([f"split={split.value}"] if split else [])]
+    changes = [f"evaluation.{change.removeprefix('evaluation.')}" for change in changes]
+    with resumable():
+        evaluate_run(run_folder, make_console(), step=step, overrides=changes)
+
+
+@probe_app.command("argmax")
+def evaluate_probe_argmax(
+    attention: Annotated[
+        list[Attention] | None, typer.Option(help="A kind of attention; repeatable. By default all three.")
+    ] = None,
+    positions: Annotated[
+        list[Positions] | None, typer.Option(help="A kind of positions; repeatable. By default none and rotary.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train each kind with the seeds 0 to N - 1.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1000,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("probes/argmax"),
+) -> None:
+    """Which encoders know where the largest of 64 values stands?
+
+    Trains a small encoder of each kind and seed, and writes a table, a plot and results.json. Finished trainings are
+    kept: interrupt it anywhere and run it again. About ten minutes on two cores.
+
+    [bold]Example:[/bold] diptych evaluate probe argmax --attention dual_triangle --positions none --seeds 1
+    """
+    from launch.display import make_console
+    from launch.probe import argmax
+
+    kinds = dict.fromkeys(attention or Attention)
+    told = dict.fromkeys(positions or (Positions.NONE, Positions.ROTARY))
+    with resumable():
+        argmax(out, [a.value for a in kinds], [p.value for p in told], seeds, steps, make_console())

@@ -1,0 +1,53 @@
+"""`diptych train` and `diptych quickstart`: from a config to a trained, evaluated encoder on this machine."""
+
+from typing import Annotated
+
+import typer
+
+from launch.commands.arguments import Config, Overrides, resumable
+
+
+def quickstart(overrides: Overrides = None) -> None:
+    """From documents to a context report in minutes.
+
+    Collects the documentation of the installed Python packages, builds a corpus, trains an encoder of a million
+    parameters and evaluates it. Works in the current folder (corpora/ and runs/). Interrupt it anywhere and run it
+    again: it goes on.
+
+    [bold]Example:[/bold] diptych quickstart training.tokens=1000000
+    """
+    from launch.quickstart import run_quickstart
+
+    with resumable():
+        exit_code = run_quickstart(overrides or [])
+    raise typer.Exit(exit_code)
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes; by default one per GPU, or one.")
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Resume although KEY changed, which makes it another run. Repeatable."),
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="Write the context report at the end.")] = True,
+) -> None:
+    """Train a config on this machine, or resume it.
+
+    Builds the corpus first if it is not there. Ctrl-C saves and ends (exit code 75); the same command resumes.
+
+    [bold]Example:[/bold] diptych train my.yaml --nproc 2 name=first training.tokens=1000000
+    """
+    from launch.display import make_console
+    from launch.train import choose_num_ranks
+    from launch.train import train as train_run
+    from pretrain.config import load_config
+
+    with resumable():
+        run = load_config(config, overrides or [])
+        num_ranks = choose_num_ranks(run, nproc)
+        exit_code = train_run(run, num_ranks, make_console(), allow_change=allow_change or [], evaluate=evaluate)
+    raise typer.Exit(exit_code)
