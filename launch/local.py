@@ -305,6 +305,8 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
         wrong; 3: a newer attempt has taken the run over; 1: anything else. No rank is left running in any case.
     """
+    from pretrain.training.run_folder import CORPUS_URL
+
     run_folder = config.run_folder
     attempt = take_attempt(run_folder)
     attempt.log(0).parent.mkdir(parents=True, exist_ok=True)
@@ -316,6 +318,8 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
             for number in range(num_ranks):
                 environment = rank_environment(number, num_ranks, port, gpus, os.environ)
                 environment[VARIABLE] = str(attempt.number)
+                if config.corpus.url:
+                    environment[CORPUS_URL] = config.corpus.url
                 ranks.append(start_rank(rank_command(run_folder), environment, attempt.log(number)))
             supervisor = Supervisor(ranks, requests, display, attempt)
             exit_code = supervisor.watch(feed.refresh)

@@ -11,6 +11,7 @@ from launch.tables import fitting_table
 from pretrain.config import CorpusConfig, RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
+from pretrain.redaction import redact
 from pretrain.status import Status, read_status
 
 
@@ -49,7 +50,7 @@ def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:
     if corpus.url and not (corpus.path / MANIFEST).is_file():
         from pretrain.data.remote import fetch_description
 
-        say(console, f"fetching the manifest of {corpus.url} to {corpus.path}")
+        say(console, f"fetching the manifest of {redact(corpus.url)} to {corpus.path}")
         fetch_description(corpus.url, corpus.path)
     if corpus.sources and not (corpus.path / MANIFEST).is_file():
         say(console, f"there is no finished corpus at {corpus.path} yet: building it")

@@ -31,9 +31,10 @@ def main(run_folder: str) -> int:
     attempt: Attempt | None = None
     try:
         from pretrain.config import load_config
+        from pretrain.training.run_folder import with_secrets
         from pretrain.training.trainer import Trainer
 
-        config = load_config(str(Path(run_folder) / "config.yaml"))
+        config = with_secrets(load_config(str(Path(run_folder) / "config.yaml")))
         limits = config.supervision
         rank, world_size, device = join_ranks(max(limits.silence_s, limits.long_silence_s) + COLLECTIVE_MARGIN_S)
         with hold_run(config.run_folder, rank) as attempt:

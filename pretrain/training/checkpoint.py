@@ -15,6 +15,7 @@ import json
 import secrets
 import shutil
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,15 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> list[Pat
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed save left behind."""
+    """Delete what a killed save left behind.
+
+    Renamed first: an older attempt that still works on it then finds it gone, and cannot commit what is left of it.
+    """
     for path in folder.glob(".step-*.tmp"):
+        doomed = path.with_name(f".{secrets.token_hex(6)}.doomed")
+        with suppress(FileNotFoundError):
+            path.rename(doomed)
+    for path in folder.glob(".*.doomed"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -18,6 +18,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from pretrain.status import read_status
+from pretrain.training.attempt import newest_attempt
 from pretrain.training.checkpoint import list_checkpoints, verify_checkpoint
 from pretrain.training.metrics import read_metrics
 from pretrain.training.run_lock import is_held
@@ -50,7 +52,7 @@ class Campaign:
         for number in range(200):
             (folder / "raw" / f"{number}.txt").write_text(generated_text(number, 100 + 30 * (number % 10)))
         (folder / "tiny.yaml").write_text(CONFIG)
-        self.runs = 0
+        self.runs = self.lives = 0
 
     def start(self, name: str):
         return start(self.folder, "train", "tiny.yaml", f"name={name}", "--nproc", "2", "--no-evaluate")
@@ -66,7 +68,8 @@ class Campaign:
         self.runs += 1
         name = f"broken-{self.runs:03d}"
         for _ in range(kills):
-            kind = KINDS[sum(self.kills.values()) % len(KINDS)]
+            kind = KINDS[self.lives % len(KINDS)]
+            self.lives += 1
             if not self.one_life(name, kind):
                 break
         else:
@@ -78,8 +81,9 @@ class Campaign:
     def one_life(self, name: str, kind: str) -> bool:
         """Start, wait for the moment, kill, look; False if the run was done before its moment came."""
         run = self.folder / "runs" / name
+        before = newest_attempt(run)
         launcher = self.start(name)
-        if not self.wait_for_the_moment(run, launcher, kind):
+        if not self.wait_for_the_moment(run, launcher, kind, before):
             code = launcher.wait(timeout=60)
             self.expect(code == 0, f"{name} ended with {code} before its kill")
             return False
@@ -102,7 +106,7 @@ class Campaign:
         self.look_for_remains(run, ranks, ports)
         return True
 
-    def wait_for_the_moment(self, run: Path, launcher, kind: str) -> bool:
+    def wait_for_the_moment(self, run: Path, launcher, kind: str, before: int) -> bool:
         """False if the run ends first. Moments are drawn in seconds, or in saves, after what they wait for."""
         draw = self.chosen.random()
         saves_left, seen = 1 + int(draw * 4), set()
@@ -115,7 +119,7 @@ class Campaign:
                     deadline = time.monotonic() + draw * 6
                 elif kind == "any":
                     deadline = time.monotonic() + draw * 12
-                elif kind == "train" and status_step(run, launcher) is not None:
+                elif kind == "train" and is_training(run, before):
                     deadline = time.monotonic() + draw * 2
             if deadline is not None and time.monotonic() >= deadline:
                 return True
@@ -153,13 +157,10 @@ def curve(run: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["grad_norm"], r["rows_checksum"]) for r in records]
 
 
-def status_step(run: Path, launcher) -> int | None:
-    """The step of this life's status; None while it has not written one."""
-    try:
-        written = (run / "status.json").stat().st_mtime
-        return 0 if written > Path(f"/proc/{launcher.pid}").stat().st_ctime + 1 else None
-    except OSError:
-        return None
+def is_training(run: Path, before: int) -> bool:
+    """Whether this life, whose attempt comes after `before`, has come to its first step."""
+    status = read_status(run)
+    return status is not None and status.attempt is not None and status.attempt > before and status.state == "training"
 
 
 def port_of(pid: int) -> int | None:
