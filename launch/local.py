@@ -27,7 +27,7 @@ from pretrain.training.attempt import VARIABLE, Attempt, take_attempt
 from pretrain.training.watchdog import end_of
 
 POLL_S = 0.1
-FAILURE_GRACE_S = 5.0
+FAILURE_GRACE_S = 4.0
 """How long the other ranks may take to end when one has died: they are likely stuck in a collective with it."""
 SAVE_GRACE_S = 300.0
 """How long the ranks may take to finish their step and save."""
