@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from pretrain.data_config import AbsolutePath as AbsolutePath
@@ -96,6 +97,11 @@ class CheckpointConfig(Section):
     """Keep this many of the newest."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
+    background: bool = Field(default=True, alias="async")
+    """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, over all ranks);
+    write them meanwhile. The last save of a run waits until it is on the disk."""
+    strict: bool = False
+    """Refuse to resume from an older checkpoint where a newer one is damaged."""
 
 
 class EvaluationConfig(Section):
@@ -307,7 +313,7 @@ def _section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
     for part in path:
         if isinstance(part, int):
             continue
-        field = section.model_fields.get(part)
+        field = _keys(section).get(part)
         if field is None:
             return None
         section = next((a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")), None)
@@ -322,7 +328,7 @@ def _explain(problem: Any) -> str:
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         section = _section_at(problem["loc"][:-1])
-        keys = list(section.model_fields) if section else []
+        keys = list(_keys(section)) if section else []
         inside = problem["loc"][:-1]
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
         elsewhere = [key for key, _ in _leaves(RunConfig) if key.split(".")[-1] == problem["loc"][-1]]
@@ -341,8 +347,13 @@ def _explain(problem: Any) -> str:
     return f"{path}: {message}" + ("" if isinstance(value, dict | BaseModel) else f" (given: {value!r})")
 
 
+def _keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section, as they are called in a file."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in section.model_fields.items():
+    for name, field in _keys(section).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaves(field.annotation, f"{prefix}{name}.")
         else:

@@ -1,37 +1,97 @@
-"""Atomic, verified, rank- and stage-free checkpoints.
+"""What a checkpoint is: its files, and how it is listed, verified, read and removed. Nothing here knows of ranks.
 
 A checkpoint is a folder `step-00000100/` that exists completely or not at all:
 
     rank-00000.safetensors  the fragments that rank 0 held, each under the key "kind/parameter/start"
+    logits.safetensors      a few tokens, and the logits that the model gave them when it was saved
     index.json              parameter shapes, and for every fragment its file and length
     state.json              step, tokens, the stream's state, and what they depend on
-    MANIFEST.json           bytes and sha256 of each of these
+    MANIFEST.json           bytes and sha256 of each of these, and of itself
 
-It is written under another name, flushed and renamed. Nothing in it is a pickle.
+Nothing in it is a pickle. Whoever could write the folder could write the digests too, so what they cover is checked as
+well before it is used: names, counts, ranges. Saving is in checkpoint_save.py, loading into an engine in
+checkpoint_load.py.
 """
 
 import hashlib
 import json
+import math
+import re
 import secrets
 import shutil
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.data.stream import StreamState
+from pretrain.data.stream import PER_STREAM, StreamState
 from pretrain.errors import UserError
-from pretrain.files import fsync_path, sha256_of, write_json, write_text
-from pretrain.training.engine import Engine, barrier
-from pretrain.training.fragments import fragments, fragments_to_save
+from pretrain.files import sha256_of
 
-MANIFEST, INDEX, STATE = "MANIFEST.json", "index.json", "state.json"
+MANIFEST, INDEX, STATE, LOGITS = "MANIFEST.json", "index.json", "state.json", "logits.safetensors"
+FORMAT = 2
+MAX_JSON_BYTES = 256 * 2**20
+"""A larger JSON file is not read: it would not be ours (a thousand ranks' index has about 75 MB)."""
+BEING_WRITTEN, REPLACED, REMOVED = "tmp", "replaced", "removed"
+"""Suffixes of hidden folders: what a save has not finished, what a save has put aside, what is being deleted."""
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""No separator and no dot in front, so that a name cannot lead out of the folder."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileEntry(_Strict):
+    """What a file of a checkpoint must be."""
+
+    bytes: NonNegativeInt
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(_Strict):
+    """MANIFEST.json, without the digest of itself."""
+
+    format: int
+    step: NonNegativeInt
+    files: dict[FileName, FileEntry]
+
+    def sealed(self) -> bytes:
+        """The bytes of the file, a digest of them included: any change of any byte shows."""
+        plain = self.model_dump()
+        digest = hashlib.sha256(json.dumps(plain, indent=1).encode()).hexdigest()
+        return json.dumps({**plain, "sha256": digest}, indent=1).encode()
+
+
+class Index(_Strict):
+    """index.json: where each piece of each value lies."""
+
+    format: int
+    shapes: dict[str, list[PositiveInt]]
+    fragments: dict[FileName, list[tuple[str, str, NonNegativeInt, PositiveInt]]]
+    """File -> (kind, parameter, start, length) of each of its tensors."""
+
+    @property
+    def numel(self) -> dict[str, int]:
+        """Elements of each parameter."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    def ranges(self) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+        """(kind, parameter) -> [start, stop) and file of its pieces, ascending."""
+        found: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
+        for file, entries in self.fragments.items():
+            for kind, parameter, start, length in entries:
+                found[kind, parameter].append((start, start + length, file))
+        return {key: sorted(pieces) for key, pieces in found.items()}
 
 
 @dataclass(frozen=True)
@@ -55,8 +115,22 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainingState":
-        """The inverse of `to_json`."""
-        return cls(**{**value, "stream": StreamState.from_json(value["stream"])})
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError, OverflowError: `value` is not what `to_json` gives.
+        """
+        state = cls(**{**value, "stream": StreamState.from_json(value["stream"])})
+        counts = (state.step, state.tokens_seen, state.optimizer_steps, state.stream.position, state.stream.positions)
+        if not all(type(count) is int and 0 <= count < 2**62 for count in counts) or type(state.fingerprint) is not str:
+            raise ValueError("a count is not a whole number from 0 on")
+        per_stream = [getattr(state.stream, name) for name in PER_STREAM]
+        if len({len(numbers) for numbers in per_stream}) != 1 or any((numbers < 0).any() for numbers in per_stream):
+            raise ValueError("the streams' numbers do not fit together")
+        return state
+
+
+# ------------------------------------------------------------------------------------------------------- folders
 
 
 def checkpoint_name(step: int) -> str:
@@ -64,133 +138,141 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder name says."""
+    return int(path.name.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    """The checkpoints in a run's `checkpoints/`, oldest first, damaged ones among them."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name) and path.is_dir())
+    return sorted(found, key=step_of)
 
 
-# ------------------------------------------------------------------------------------------------------- save
-
-
-def save_checkpoint(folder: Path, engine: Engine, state: TrainingState, own_streams: list[int]) -> Path:
-    """Write a checkpoint from all ranks; collective. Returns its folder once it is complete.
-
-    Args:
-        folder: the run's `checkpoints/`.
-        engine: whose weights and moments are saved.
-        state: of this rank; its stream state is taken for `own_streams` and gathered for the others.
-        own_streams: the streams that this rank reads.
-
-    Raises:
-        OSError: on every rank, if one could not write; earlier checkpoints are untouched.
-    """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    target = folder / checkpoint_name(state.step)
-    temporary = folder / _broadcast(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    written: dict[str, Any] = {"error": None}
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        written |= _write_fragments(temporary / f"rank-{rank:05d}.safetensors", engine)
-    except OSError as failure:
-        written["error"] = f"rank {rank}: {failure}"
-    written["stream"] = state.stream.of_streams(own_streams)
-    parts = _gather(written, world_size)
-    error: str | None = next((part["error"] for part in parts if part["error"]), None)
-    if rank == 0:
-        try:
-            if error is None:
-                _complete(temporary, target, engine, state, parts)
-        except OSError as failure:
-            error = f"rank 0: {failure}"
-        if error is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    if error := _broadcast(error):
-        raise OSError(f"checkpoint {target.name} could not be written ({error}); earlier ones are intact")
-    return target
-
-
-def _write_fragments(path: Path, engine: Engine) -> dict[str, Any]:
-    """Write this rank's fragments; returns their index entries and the file's manifest entry."""
-    tensors, entries = {}, []
-    for fragment in fragments_to_save(engine):
-        key = f"{fragment.kind}/{fragment.parameter}/{fragment.start}"
-        tensors[key] = fragment.tensor.cpu().clone()
-        entries.append([fragment.kind, fragment.parameter, fragment.start, fragment.tensor.numel(), path.name])
-    save_file(tensors, path)
-    fsync_path(path)
-    return {"entries": entries, "files": {path.name: _file_entry(path)}}
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _complete(temporary: Path, target: Path, engine: Engine, state: TrainingState, parts: list[dict[str, Any]]) -> None:
-    """Rank 0: write what all ranks share, then let the folder appear under its name."""
-    stream = state.stream.merged(part["stream"] for part in parts)
-    write_json(temporary / STATE, replace(state, stream=stream).to_json())
-    entries = [entry for part in parts for entry in part["entries"]]
-    write_json(temporary / INDEX, {"format": 1, "shapes": engine.parameter_shapes, "fragments": entries})
-    files = {name: entry for part in parts for name, entry in part["files"].items()}
-    files |= {name: _file_entry(temporary / name) for name in (STATE, INDEX)}
-    write_text(temporary / MANIFEST, _sealed({"format": 1, "step": state.step, "files": files}))
-    if target.exists():
-        remove_checkpoint(target)
-    temporary.rename(target)
-    fsync_path(target.parent)
-
-
-def _sealed(manifest: dict[str, Any]) -> str:
-    """The text of a MANIFEST.json, its own sha256 included: any change of any byte of it shows."""
-    text = json.dumps(manifest, indent=1)
-    return json.dumps({**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1)
+def hidden_name(step_name: str, suffix: str) -> str:
+    """A name beside the checkpoints that nobody can guess and that is never taken for one of them."""
+    return f".{step_name}.{secrets.token_hex(8)}.{suffix}"
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; its manifest goes first, so that what is left of it never counts as one."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    """Delete a checkpoint or what is left of one, so that a reader never sees half of it.
+
+    It loses its name first, then its manifest, then the rest.
+    """
+    hidden = path.with_name(hidden_name(path.name.lstrip(".").partition(".")[0], REMOVED))
+    path.rename(hidden)
+    (hidden / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(hidden)
 
 
-def prune_checkpoints(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Remove all but the newest `keep_last` and every one whose step `keep_every` divides; returns the removed."""
-    removed = []
-    for path in list_checkpoints(folder)[:-keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if not (keep_every and step % keep_every == 0):
+def prunable(checkpoints: list[Path], keep_last: int, keep_every: int) -> list[Path]:
+    """All of the valid `checkpoints` but the newest `keep_last` and every one whose step `keep_every` divides."""
+    old = sorted(checkpoints, key=step_of)[: -max(keep_last, 1)]
+    return [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
+
+
+def prune_checkpoints(folder: Path, keep_last: int, keep_every: int, damaged: Collection[str] = ()) -> list[Path]:
+    """Remove what is `prunable`; returns the removed.
+
+    The `damaged` (names) neither count nor go: something of them might still be saved by hand.
+    """
+    removed = prunable([p for p in list_checkpoints(folder) if p.name not in damaged], keep_last, keep_every)
+    for path in removed:
+        with suppress(FileNotFoundError):
             remove_checkpoint(path)
-            removed.append(path)
     return removed
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed save left behind."""
-    for path in folder.glob(".step-*.tmp"):
+    """Clear away what a killed save or removal left behind; what a save had put aside gets its name back.
+
+    An unfinished folder is renamed before it is deleted: whoever may still write it can no longer finish it.
+    """
+    for aside in folder.glob(f".step-*.{REPLACED}"):
+        target = folder / aside.name[1:].partition(".")[0]
+        if not target.exists():
+            aside.rename(target)
+    for suffix in (BEING_WRITTEN, REPLACED):
+        for path in folder.glob(f".step-*.{suffix}"):
+            with suppress(OSError):
+                remove_checkpoint(path)
+    for path in folder.glob(f".step-*.{REMOVED}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------- load
+# ---------------------------------------------------------------------------------------------------- verifying
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint: every file must have the manifest's size and sha256, and none may be foreign."""
+    """What is wrong with a checkpoint, a line for each file; nothing, if it is whole.
+
+    Every file must have the manifest's size and sha256, none may be missing or foreign, and what is in them must fit
+    together.
+    """
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        manifest.pop("sha256")
-        if _sealed(manifest) != text:
-            return [f"{MANIFEST} is damaged"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST} is not readable: {error!r}"]
-    files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    problems = [] if checkpoint_name(manifest["step"]) == path.name else [f"it is of step {manifest['step']}"]
-    for name, (size, digest) in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size or sha256_of(file) != digest:
-            problems.append(f"{name} is damaged")
-    return problems
+        manifest = read_manifest(path)
+        there = {file.name for file in path.iterdir()} - {MANIFEST}
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    problems = [f"{name} does not belong to it" for name in sorted(there - manifest.files.keys())]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda name: _damage(path / name, manifest.files[name]), manifest.files)
+        problems += [f"{name} is {damage}" for name, damage in zip(manifest.files, found, strict=True) if damage]
+    if problems:
+        return problems
+    try:
+        SavedFragments(path).check()
+        read_state(path)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
+
+
+def check_sizes(path: Path) -> list[str]:
+    """As `verify_checkpoint`, but the files are not read: what a list of checkpoints can tell at once."""
+    try:
+        files = read_manifest(path).files
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    damaged = ((name, _damage(path / name, entry, read=False)) for name, entry in files.items())
+    return [f"{name} is {damage}" for name, damage in damaged if damage]
+
+
+def _damage(file: Path, entry: FileEntry, *, read: bool = True) -> str | None:
+    try:
+        if not file.is_file():
+            return "missing"
+        if file.stat().st_size != entry.bytes or (read and sha256_of(file) != entry.sha256):
+            return "damaged"
+    except OSError as error:
+        return f"not readable ({error.strerror})"
+    return None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, damaged, of another format, or of another step than the folder's name.
+    """
+    try:
+        content = _read_small(path / MANIFEST)
+        value = json.loads(content)
+        del value["sha256"]
+        manifest = Manifest.model_validate_json(json.dumps(value))
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST} is damaged ({_short(error)})") from error
+    if manifest.sealed() != content:
+        raise ValueError(f"{MANIFEST} is damaged")
+    if manifest.format != FORMAT:
+        raise ValueError(f"{MANIFEST} is of format {manifest.format}, and this version reads format {FORMAT}")
+    if checkpoint_name(manifest.step) != path.name:
+        raise ValueError(f"{MANIFEST} is of step {manifest.step}")
+    if missing := {STATE, INDEX, LOGITS} - manifest.files.keys():
+        raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+    return manifest
 
 
 def newest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -200,93 +282,143 @@ def newest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         problems = verify_checkpoint(path)
         if not problems:
             return path, warnings
-        warnings.append(f"checkpoint {path.name} is damaged ({'; '.join(problems)}); it is left out")
+        warnings.append(describe_damage(path, problems))
     return None, warnings
 
 
-def agree_on_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """`newest_valid_checkpoint` as rank 0 sees it, on every rank; collective."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    path, warnings = newest_valid_checkpoint(folder) if rank == 0 else (None, [])
-    name, warnings = _broadcast((path.name if path else None, warnings))
-    return (folder / name if name else None), warnings
+def describe_damage(path: Path, problems: list[str]) -> str:
+    """Problems that `verify_checkpoint` found, in a line."""
+    shown = ", ".join(problems[:3]) + (", ..." if len(problems) > 3 else "")
+    try:
+        extent = f"{len(problems)} of {len(read_manifest(path).files) + 1} files ({shown})"
+    except (OSError, ValueError):
+        extent = shown
+    return f"step {step_of(path)} is damaged: {extent}"
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def read_state(path: Path) -> TrainingState:
+    """The training state in a checkpoint.
+
+    Raises:
+        ValueError: it is not what a save writes.
+    """
+    try:
+        return TrainingState.from_json(json.loads(_read_small(path / STATE)))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{STATE} is not a training state ({_short(error)})") from error
 
 
 def load_state(path: Path) -> TrainingState:
-    """The training state of a verified checkpoint."""
-    return TrainingState.from_json(json.loads((path / STATE).read_bytes()))
-
-
-def load_checkpoint(path: Path, engine: Engine) -> TrainingState:
-    """Continue from a verified checkpoint, whatever ranks and stage wrote it; collective.
+    """The training state of a verified checkpoint.
 
     Raises:
-        UserError: it holds a model of another shape.
+        UserError: there is none.
     """
-    index = json.loads((path / INDEX).read_bytes())
-    shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
-    if shapes != engine.parameter_shapes:
-        name = next(n for n in {**shapes, **engine.parameter_shapes} if shapes.get(n) != engine.parameter_shapes.get(n))
-        raise UserError(
-            f"{path} holds another model: {name} is {shapes.get(name, 'absent')} there and "
-            f"{engine.parameter_shapes.get(name, 'absent')} in the config"
-        )
-    saved = _SavedFragments(path, index["fragments"])
-    for fragment in fragments(engine):
-        saved.fill(fragment.kind, fragment.parameter, fragment.start, fragment.tensor)
-    state = load_state(path)
-    engine.set_optimizer_steps(state.optimizer_steps)
-    engine.refresh_weights()
-    barrier()
-    return state
+    try:
+        return read_state(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def newest_state(folder: Path) -> TrainingState | None:
+    """The state of the newest checkpoint whose manifest and state.json are whole; its tensors are not looked at."""
+    for path in reversed(list_checkpoints(folder)):
+        with suppress(OSError, ValueError):
+            if _damage(path / STATE, read_manifest(path).files[STATE]) is None:
+                return read_state(path)
+    return None
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Whole fp32 weights by parameter name, from a verified checkpoint."""
-    index = json.loads((path / INDEX).read_bytes())
-    saved = _SavedFragments(path, index["fragments"])
+    """Whole fp32 weights by parameter name, from a verified checkpoint.
+
+    Raises:
+        UserError: its files do not fit together.
+    """
+    try:
+        saved = SavedFragments(path)
+        saved.check()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     weights = {}
-    for name, shape in index["shapes"].items():
+    for name, shape in saved.index.shapes.items():
         weights[name] = torch.empty(shape, dtype=torch.float32)
         saved.fill("weight", name, 0, weights[name].view(-1))
     return weights
 
 
-class _SavedFragments:
+class SavedFragments:
     """The ranges in a checkpoint's files, read where they are asked for."""
 
-    def __init__(self, path: Path, entries: list[Any]) -> None:
-        self._ranges: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
-        for kind, parameter, start, length, file in entries:
-            self._ranges[kind, parameter].append((start, start + length, file))
-        self._files = {file: safe_open(path / file, framework="pt") for file in {entry[-1] for entry in entries}}
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if the index is not one."""
+        try:
+            self.index = Index.model_validate_json(_read_small(path / INDEX))
+        except ValueError as error:
+            raise ValueError(f"{INDEX} is not an index ({_short(error)})") from error
+        self._path, self._ranges = path, self.index.ranges()
+        self._files: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Return only if the index covers every value exactly once, and the files hold what it says.
+
+        Raises:
+            ValueError: naming what does not fit.
+        """
+        numel = self.index.numel
+        for (kind, parameter), pieces in self._ranges.items():
+            ends = [0, *(stop for _, stop, _ in pieces)]
+            if ends[:-1] != [start for start, _, _ in pieces] or ends[-1] != numel.get(parameter):
+                raise ValueError(f"{INDEX} does not cover {kind} of {parameter} exactly once")
+        if missing := [name for name in numel if ("weight", name) not in self._ranges]:
+            raise ValueError(f"{INDEX} has no weight of {missing[0]}")
+        for name, entries in self.index.fragments.items():
+            file = self._open(name)
+            expected = {f"{kind}/{parameter}/{start}": [length] for kind, parameter, start, length in entries}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            shapes = {key: piece.get_shape() for key, piece in slices.items()}
+            if shapes != expected or any(piece.get_dtype() != "F32" for piece in slices.values()):
+                raise ValueError(f"{name} does not hold what {INDEX} says")
 
     def fill(self, kind: str, parameter: str, start: int, target: Tensor) -> None:
-        """Copy elements [start, start + len(target)) of a flattened parameter's value into `target`."""
+        """Copy elements [start, start + len(target)) of a flattened parameter's value into `target`.
+
+        Raises:
+            ValueError: they are not all there.
+        """
         stop, filled = start + target.numel(), 0
-        for first, last, file in self._ranges[kind, parameter]:
+        for first, last, file in self._ranges.get((kind, parameter), ()):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                piece = self._files[file].get_slice(f"{kind}/{parameter}/{first}")[low - first : high - first]
+                piece = self._open(file).get_slice(f"{kind}/{parameter}/{first}")[low - first : high - first]
                 target[low - start : high - start].copy_(piece)
                 filled += high - low
         if filled != target.numel():
             raise ValueError(f"the checkpoint covers {filled} of {target.numel()} elements of {kind} of {parameter}")
 
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self._path / name, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{name} is not a safetensors file ({_short(error)})") from error
+        return self._files[name]
 
-def _broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+
+def _read_small(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has more than {MAX_JSON_BYTES:,} bytes")
+    return content
 
 
-def _gather(value: Any, world_size: int) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
+def _short(error: BaseException) -> str:
+    """The first problem of an error, in a line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

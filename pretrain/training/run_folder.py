@@ -14,7 +14,7 @@ from pretrain.config import RunConfig, changes, falsifying, load_config, to_yaml
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
-from pretrain.training.checkpoint import list_checkpoints, load_state
+from pretrain.training.checkpoint import newest_state
 
 CONFIG = "config.yaml"
 
@@ -44,9 +44,8 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no run folder (it has no {CONFIG}); choose another name (name=...)")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if checkpoints:
-        state = load_state(checkpoints[-1])
+    state = newest_state(folder / "checkpoints")
+    if state is not None:
         if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
             raise UserError(
                 f"{folder} was trained on another corpus than {config.corpus.path} is now (its fingerprint differs); "

@@ -17,15 +17,10 @@ from pretrain.data.stream import StreamState
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.status import Status
-from pretrain.training.checkpoint import (
-    TrainingState,
-    agree_on_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    remove_leftovers,
-    save_checkpoint,
-)
-from pretrain.training.engine import Engine, barrier
+from pretrain.training.checkpoint import TrainingState, remove_leftovers
+from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
+from pretrain.training.checkpoint_save import CheckpointSaver
+from pretrain.training.engine import Engine
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.metrics import Metrics, StepRecord, Stopwatch
 from pretrain.training.processes import StopRequest
@@ -90,6 +85,7 @@ class Trainer:
             step = self.state.step
             if step % config.log_every == 0:
                 self._log()
+            self._report_saves()
             if step % config.validate_every == 0:
                 self._validate()
             if step % self.config.checkpoint.every == 0:
@@ -99,7 +95,7 @@ class Trainer:
         self._log()
         if self.state.step % config.validate_every:
             self._validate()
-        self._save()
+        self._save(last=True)
         self._close("done", steps)
         return EXIT_DONE
 
@@ -128,13 +124,21 @@ class Trainer:
         """The state to go on from: that of the newest valid checkpoint, or the beginning."""
         if self.rank == 0:
             remove_leftovers(self.checkpoints)
-        path, warnings = agree_on_checkpoint(self.checkpoints)
+        path, warnings = agree_on_checkpoint(self.checkpoints, strict=self.config.checkpoint.strict)
         for warning in warnings:
             self._event(warning)
         streams = self.config.data.streams
+        self.saver = CheckpointSaver(
+            self.checkpoints,
+            self.engine,
+            self.config.checkpoint,
+            own_streams=range(self.rank, streams, self.world_size),
+            damaged=newer_than(path) if path else (),
+        )
         if path is None:
             return TrainingState(0, 0, 0, StreamState.start(streams), self.manifest.fingerprint)
         state = load_checkpoint(path, self.engine)
+        self.status.checkpoint = path.name
         self._event(f"resumed from {path.name}: {state.tokens_seen:,} tokens seen")
         if state.fingerprint != self.manifest.fingerprint or len(state.stream.visits) != streams:
             self._event("the corpus or its streams were changed: rows start over")
@@ -190,6 +194,8 @@ class Trainer:
         self._event(f"step {self.state.step} skipped: its gradient norm is not finite")
         if skipped_in_a_row >= self.config.training.max_skipped_steps:
             self.metrics.flush()
+            self.saver.wait()
+            self._report_saves()
             raise FloatingPointError(
                 f"{skipped_in_a_row} steps in a row had a gradient norm that is not finite; weights and the last "
                 "checkpoint are those before them. Lower optimizer.learning_rate or use training.precision=fp32"
@@ -213,23 +219,35 @@ class Trainer:
         self._report("training")
         self.stopwatch.lap()
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
+        """Save; the last one of a run is on the disk when this returns."""
         self._log()
         self._report("saving")
-        own_streams = range(self.rank, self.config.data.streams, self.world_size)
-        path = save_checkpoint(self.checkpoints, self.engine, self.state, list(own_streams))
-        if self.rank == 0:
-            prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-        barrier()
-        self.status.checkpoint = path.name
-        self._event(f"saved {path.name}")
+        self.saver.save(self.state, at_once=last)
+        error = self._report_saves()
+        if last and error is not None:
+            raise OSError(f"the run ends without its last steps: {error}")
         self._report("training")
         self.stopwatch.lap()
+
+    def _report_saves(self) -> str | None:
+        """Say which saves have ended, in the background too; returns what the last of them failed of, if it did."""
+        error = None
+        for result in self.saver.finished():
+            error = result.error
+            if error is None:
+                self.status.checkpoint = result.name
+                self._event(f"saved {result.name}")
+            else:
+                self._event(f"{result.name} could not be saved ({error}); earlier checkpoints are intact")
+            if result.note:
+                self._event(result.note)
+        return error
 
     def _stop(self, steps: Iterator[StepRows]) -> int:
         """Somebody asked to stop: save, and ask to be resumed."""
         self._event(f"stopping at step {self.state.step} on {self.stop_request.signal_name or 'request'}")
-        self._save()
+        self._save(last=True)
         self._close("interrupted", steps)
         return EXIT_RESUME_ME
 
