@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import config, data, evaluate, model, runs, train
+from launch.commands import checkpoint, config, data, evaluate, model, runs, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 
@@ -27,6 +27,8 @@ app.command()(train.train)
 app.command()(runs.runs)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.command("export-weights")(checkpoint.export_weights)
 app.add_typer(config.app, name="config")
 app.add_typer(model.app, name="model")
 

@@ -18,7 +18,7 @@ from pretrain.batch import IGNORED, Batch
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.training.checkpoint import LOGITS
+from pretrain.training.checkpoint_files import LOGITS
 from pretrain.training.engine import Engine
 
 EMBEDDING = "encoder.embedding.weight"

@@ -28,22 +28,18 @@ from torch import Tensor
 
 from pretrain.config import CheckpointConfig
 from pretrain.files import fsync_path
-from pretrain.training.checkpoint import (
-    BEING_WRITTEN,
+from pretrain.training.checkpoint import BEING_WRITTEN, REPLACED, hidden_name, prune_checkpoints, remove_checkpoint
+from pretrain.training.checkpoint_files import (
     FORMAT,
     INDEX,
     LOGITS,
     MANIFEST,
-    REPLACED,
     STATE,
     FileEntry,
     Index,
     Manifest,
     TrainingState,
     checkpoint_name,
-    hidden_name,
-    prune_checkpoints,
-    remove_checkpoint,
 )
 from pretrain.training.checkpoint_logits import SavedLogits, engine_logits
 from pretrain.training.engine import Engine
