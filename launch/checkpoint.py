@@ -1,4 +1,4 @@
-"""`diptych checkpoint` and `diptych export-weights`: what a run has saved, whether it is whole, and its plain weights."""
+"""`diptych checkpoint` and `diptych export-weights`: what a run has saved, whether it is whole, its plain weights."""
 
 import time
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def checkpoints_of(run_folder: Path) -> list[Path]:
 
 def list_run(run_folder: Path, console: Console) -> None:
     """Print the checkpoints of a run, with what can be told without reading them."""
-    rows = []
+    rows: list[list[str | Text]] = []
     for path in checkpoints_of(run_folder):
         problems = check_sizes(path)
         age = duration(max(0.0, time.time() - path.stat().st_mtime))
@@ -79,15 +79,10 @@ def show_checkpoint(run_folder: Path, step: int | None, console: Console) -> Non
     """Print what a valid checkpoint holds: its files, and where the run stood."""
     path = find_checkpoint(run_folder / "checkpoints", step)
     manifest, state, index = read_manifest(path), load_state(path), SavedFragments(path).index
-    rows = [
-        [
-            name,
-            f"{entry.bytes:,}",
-            entry.sha256[:16],
-            f"{len(index.fragments[name]):,}" if name in index.fragments else "-",
-        ]
-        for name, entry in sorted(manifest.files.items())
-    ]
+    rows = []
+    for name, entry in sorted(manifest.files.items()):
+        pieces = index.fragments.get(name)
+        rows.append([name, f"{entry.bytes:,}", entry.sha256[:16], "-" if pieces is None else f"{len(pieces):,}"])
     total = sum(entry.bytes for entry in manifest.files.values())
     parameters = sum(index.numel.values())
     facts = Text(
