@@ -31,6 +31,7 @@ from pretrain.training.checkpoint_files import (
     FileEntry,
     SavedFragments,
     TrainingState,
+    read_logits,
     read_manifest,
     read_state,
     step_of,
@@ -122,6 +123,7 @@ def verify_checkpoint(path: Path) -> list[str]:
         return problems
     try:
         SavedFragments(path).check()
+        read_logits(path)
         if read_state(path).step != manifest.step:
             return [f"{STATE} is of another step"]
     except (OSError, ValueError) as error:

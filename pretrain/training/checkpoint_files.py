@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,6 +21,8 @@ from pretrain.data.stream import PER_STREAM, StreamState
 
 MANIFEST, INDEX, STATE, LOGITS = "MANIFEST.json", "index.json", "state.json", "logits.safetensors"
 FORMAT = 2
+PRECISIONS = ("fp32", "bf16", "autocast")
+"""Of logits: fp32; bf16 weights and activations; bf16 under autocast over fp32 weights."""
 MAX_JSON_BYTES = 256 * 2**20
 """A larger JSON file is not read: it would not be ours (a thousand ranks' index has about 75 MB)."""
 
@@ -110,6 +113,36 @@ class TrainingState:
         return state
 
 
+@dataclass(frozen=True)
+class SavedLogits:
+    """Tokens, their logits, and how these were computed."""
+
+    input_ids: Tensor
+    """int64 [1, P]."""
+    logits: Tensor
+    """float32 [M, vocabulary], of M of the positions."""
+    precision: str
+    """One of PRECISIONS."""
+    rotary_theta: float | None
+    """In place of every layer's own."""
+    positions_dropped: bool
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """For a file."""
+        return {"input_ids": self.input_ids, "logits": self.logits}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """For the same file."""
+        theta = "" if self.rotary_theta is None else repr(self.rotary_theta)
+        return {
+            "precision": self.precision,
+            "rotary_theta": theta,
+            "positions_dropped": str(int(self.positions_dropped)),
+        }
+
+
 def checkpoint_name(step: int) -> str:
     """Folder name, which sorts by step."""
     return f"step-{step:08d}"
@@ -158,6 +191,26 @@ def read_state(path: Path) -> TrainingState:
         raise ValueError(f"{STATE} is not a training state ({_short(error)})") from error
 
 
+def read_logits(path: Path) -> SavedLogits:
+    """The logits in a checkpoint.
+
+    Raises:
+        ValueError: they are not what a save writes.
+    """
+    try:
+        with safe_open(path / LOGITS, framework="pt") as file:
+            metadata = file.metadata()
+            input_ids, logits = (file.get_tensor(name) for name in ("input_ids", "logits"))
+        theta = float(metadata["rotary_theta"]) if metadata["rotary_theta"] else None
+        saved = SavedLogits(input_ids, logits, metadata["precision"], theta, metadata["positions_dropped"] == "1")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{LOGITS} does not hold logits ({_short(error)})") from error
+    kinds = (input_ids.dtype, logits.dtype, input_ids.ndim, logits.ndim)
+    if kinds != (torch.int64, torch.float32, 2, 2) or saved.precision not in PRECISIONS:
+        raise ValueError(f"{LOGITS} does not hold logits")
+    return saved
+
+
 class SavedFragments:
     """The ranges in a checkpoint's files, read where they are asked for."""
 
@@ -177,6 +230,8 @@ class SavedFragments:
             ValueError: naming what does not fit.
         """
         numel = self.index.numel
+        if not numel:
+            raise ValueError(f"{INDEX} has no parameters")
         for (kind, parameter), pieces in self._ranges.items():
             ends = [0, *(stop for _, stop, _ in pieces)]
             if ends[:-1] != [start for start, _, _ in pieces] or ends[-1] != numel.get(parameter):

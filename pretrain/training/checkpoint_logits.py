@@ -7,55 +7,23 @@ stored beside them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.training.checkpoint_files import LOGITS
+from pretrain.training.checkpoint_files import SavedLogits, read_logits
 from pretrain.training.engine import Engine
 
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "autocast": 0.05}
+"""Largest allowed difference, as a share of the largest logit: what kernels and devices round differently."""
 EMBEDDING = "encoder.embedding.weight"
 POSITIONS, EVERY = 16, 4
 """Length of the one row, and of how many positions one is predicted."""
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "autocast": 0.05}
-"""Largest allowed difference, as a share of the largest logit: what kernels and devices round differently."""
-
-
-@dataclass(frozen=True)
-class SavedLogits:
-    """Tokens, their logits, and how these were computed."""
-
-    input_ids: Tensor
-    """int64 [1, POSITIONS]."""
-    logits: Tensor
-    """float32 [POSITIONS / EVERY, vocabulary]."""
-    precision: str
-    """fp32; bf16: of weights and activations; autocast: bf16 over fp32 weights."""
-    rotary_theta: float | None
-    """In place of every layer's own."""
-    positions_dropped: bool
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """For a file."""
-        return {"input_ids": self.input_ids, "logits": self.logits}
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """For the same file."""
-        theta = "" if self.rotary_theta is None else repr(self.rotary_theta)
-        return {
-            "precision": self.precision,
-            "rotary_theta": theta,
-            "positions_dropped": str(int(self.positions_dropped)),
-        }
 
 
 def engine_logits(engine: Engine) -> SavedLogits:
@@ -99,15 +67,9 @@ def load_logits(path: Path) -> SavedLogits:
         UserError: there are none.
     """
     try:
-        with safe_open(path / LOGITS, framework="pt") as file:
-            metadata = file.metadata()
-            input_ids, logits = (file.get_tensor(name) for name in ("input_ids", "logits"))
-        theta = float(metadata["rotary_theta"]) if metadata["rotary_theta"] else None
-        if metadata["precision"] not in TOLERANCE or input_ids.ndim != 2 or logits.ndim != 2:
-            raise ValueError("not what a save writes")
-        return SavedLogits(input_ids, logits, metadata["precision"], theta, metadata["positions_dropped"] == "1")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / LOGITS} cannot be read: {error}") from error
+        return read_logits(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _batch(input_ids: Tensor) -> Batch:

@@ -38,10 +38,11 @@ from pretrain.training.checkpoint_files import (
     FileEntry,
     Index,
     Manifest,
+    SavedLogits,
     TrainingState,
     checkpoint_name,
 )
-from pretrain.training.checkpoint_logits import SavedLogits, engine_logits
+from pretrain.training.checkpoint_logits import engine_logits
 from pretrain.training.engine import Engine
 from pretrain.training.fragments import fragments_to_save
 
