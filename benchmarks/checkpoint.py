@@ -37,7 +37,7 @@ ENCODERS = {
 }
 """Millions of parameters, nearly -> an encoder."""
 VOCABULARY = 8192
-WITH_STEPS = (10, 100)
+WITH_STEPS = (10,)
 """Sizes at which training goes on beside the save."""
 STEPS, ROWS, LENGTH = 8, 8, 64
 """Optimizer steps after a save, and rows of a rank in each."""
