@@ -67,7 +67,7 @@ def stream_tokens(config: RunConfig, manifest: Manifest, epoch_tokens: int) -> i
     """Our stream over as many tokens: shards hashed at every opening, rows packed, masked and batched."""
     tokens = 0
     for step in training_steps(config, manifest, StreamState.start(config.data.streams), 0, 1):
-        tokens += np.count_nonzero(step.batch.document_ids.numpy())
+        tokens += int(np.count_nonzero(step.batch.document_ids.numpy()))
         if tokens >= epoch_tokens:
             return tokens
     raise AssertionError("the stream ended")
@@ -88,7 +88,7 @@ def compare_reading(folder: Path, repeats: int) -> list[dict[str, Any]]:
             ours.append(timed(lambda c=config, m=manifest, t=tokens: stream_tokens(c, m, t)))
         pair = statistics.median(ours), statistics.median(theirs)
         documents = manifest.splits["train"].documents
-        row = {"corpus": name, "sequence_length": length, "tokens_per_document": round(tokens / documents)}
+        row = {"corpus": name, "sequence_length": length, "tokens_per_document": round(tokens / PASSES / documents)}
         rows.append({**row, "diptych": pair[0], "webdataset": pair[1], "ratio": pair[0] / pair[1]})
         print(rows[-1], flush=True)
     return rows
