@@ -23,6 +23,7 @@ from pretrain.training.checkpoint_save import CheckpointSaver
 from pretrain.training.engine import Engine
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.metrics import Metrics, StepRecord, Stopwatch
+from pretrain.training.mock_step import mock_step
 from pretrain.training.processes import StopRequest
 from pretrain.training.run_folder import write_environment
 from pretrain.training.schedule import learning_rate
@@ -49,6 +50,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = MaskedLanguageModel(config.model, vocab_size)
         self.engine = Engine(model, config, world_size, device)
+        mock_step(self.engine, config, vocab_size, world_size)
         self.status = Status(
             heartbeat=time.time(),
             total_tokens=config.training.tokens,
