@@ -10,6 +10,7 @@ from rich.console import Console
 
 from launch.display import PlainDisplay, StageProgress, say
 from launch.local import Rank, Supervisor, free_port, num_gpus, rank_environment, start_rank, stop_requests
+from launch.runs import find_run, list_runs
 from launch.tables import fitting_table
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
 
@@ -177,3 +178,16 @@ def parse_duration(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise UserError(f"--budget {text!r} is not a time; write 90s, 10m or 1h")
     return seconds
+
+
+def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
+    """Run folders by name or path; a folder that holds runs stands for all of them.
+
+    Raises:
+        UserError: one of the names is neither.
+    """
+    found: list[Path] = []
+    for name in names:
+        members = [] if (Path(name) / "config.yaml").is_file() else list_runs(Path(name))
+        found += [row.folder.absolute() for row in members] or [find_run(name, folder)]
+    return found

@@ -198,7 +198,7 @@ def test_lengths_without_documents_are_left_out_unless_they_were_asked_for(train
     assert evaluated.report.skipped["16x"] == "documents of the test split with 512 tokens: 1"
     with pytest.raises(
         UserError,
-        match=r"16x cannot be measured: documents of the test split with 512 tokens: 1\..*has \d+ of 32 or more tokens, .*",
+        match=r"16x cannot be measured: documents of the test split with 512 tokens: 1\..*has \d+ of 32 or more",
     ) as e:
         make_plan(Request(trained.run_folder, lengths=(1, 2, 16)), CPU)
     assert "Use --lengths 1x,2x" in str(e.value)
