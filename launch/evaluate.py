@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from launch.display import PlainDisplay, StageProgress, say
-from launch.local import Rank, Supervisor, free_port, num_gpus, rank_environment, start_rank, stop_requests
+from launch.display import PlainDisplay, StageProgress, make_display, say
+from launch.local import (
+    Rank,
+    Supervisor,
+    free_port,
+    launch_local,
+    num_gpus,
+    rank_environment,
+    start_rank,
+    stop_requests,
+)
 from launch.runs import find_run, list_runs
 from launch.tables import fitting_table
+from pretrain.data.manifest import load_manifest
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
+from pretrain.status import read_status
 
 if TYPE_CHECKING:
+    from pretrain.evaluation.evaluate import Finished
     from pretrain.evaluation.plan import Plan
     from pretrain.evaluation.schema import ContextReport
 
@@ -37,6 +49,7 @@ def evaluate_context(
     full: bool = False,
     budget_s: float | None = None,
     num_ranks: int = 1,
+    recalibrate: int | None = None,
     command: Sequence[str] = (),
 ) -> None:
     """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
@@ -51,6 +64,7 @@ def evaluate_context(
         full: several times as much of everything.
         budget_s: time limit.
         num_ranks: processes that compute.
+        recalibrate: also train for so many more tokens at the longest length, in a run of its own, and measure again.
         command: what the user typed, for the report.
 
     Raises:
@@ -80,8 +94,34 @@ def evaluate_context(
             _run_on_ranks(plan, folder, ranks, console, progress.report)
 
         finished = evaluate(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
-        write_report(run_folder, finished.folder, finished.report)
+    if recalibrate is not None:
+        finished = _recalibrated(finished, recalibrate, num_ranks, console)
+    write_report(run_folder, finished.folder, finished.report)
     show_report(finished.report, finished.folder, console)
+
+
+def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Console) -> "Finished":
+    """Train on long rows from the report's checkpoint on, or go on with that training, and measure it."""
+    from pretrain.config import check_topology
+    from pretrain.evaluation.evaluate import evaluate_recalibrated
+    from pretrain.evaluation.recalibrate import begin, recalibration_config
+    from pretrain.training.run_folder import open_run_folder
+
+    session = finished.session
+    config = recalibration_config(session.plan, tokens, num_ranks)
+    check_topology(config, num_ranks)
+    open_run_folder(config, load_manifest(config.corpus.path))
+    begin(session.plan, config)
+    status = read_status(config.run_folder)
+    if status is None or status.state != "done":
+        say(console, f"recalibrating for {tokens:,} tokens at the longest length, in {config.run_folder}")
+        exit_code = launch_local(config, num_ranks, make_display(console))
+        if exit_code == EXIT_RESUME_ME:
+            raise KeyboardInterrupt
+        if exit_code != EXIT_DONE:
+            raise EvaluationFailedError(f"the recalibration failed; its log: {config.run_folder / 'logs'}")
+    with StageProgress(console) as progress:
+        return evaluate_recalibrated(finished, config, tokens, progress.report)
 
 
 def show_report(report: "ContextReport", folder: Path, console: Console) -> None:
@@ -161,6 +201,22 @@ def parse_lengths(text: str) -> list[float]:
     if not lengths or not all(0 < length < float("inf") for length in lengths):
         raise UserError(f"--lengths {text!r} is not a list of multiples of the training length; write 0.5x,1x,2x,4x")
     return lengths
+
+
+def parse_count(text: str) -> int:
+    """`2M`, `500k` or `300_000` as a number of tokens.
+
+    Raises:
+        UserError: anything else.
+    """
+    unit = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text[-1:].lower(), 0.0)
+    try:
+        count = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        count = 0.0
+    if not 1 <= count < float("inf"):
+        raise UserError(f"--recalibrate {text!r} is not a number of tokens; write 500k, 2M or 300000")
+    return round(count)
 
 
 def parse_duration(text: str) -> float:

@@ -57,6 +57,10 @@ def evaluate_context(
         str | None, typer.Option(metavar="TIME", help="Time limit, for instance 90s, 10m, 1h: less is measured.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Several times as many windows, samples and tasks.")] = False,
+    recalibrate: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Also train so many tokens (2M) at the longest length, and measure again."),
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1,
     folder: Annotated[Path, typer.Option(help="Where runs are looked for by name.")] = Path("runs"),
 ) -> None:
@@ -69,7 +73,7 @@ def evaluate_context(
     """
     from launch.display import make_console
     from launch.evaluate import evaluate_context as evaluate_run
-    from launch.evaluate import parse_duration, parse_lengths
+    from launch.evaluate import parse_count, parse_duration, parse_lengths
     from launch.runs import find_run
 
     run_folder = find_run(run, folder)
@@ -85,6 +89,7 @@ def evaluate_context(
             full=full,
             budget_s=parse_duration(budget) if budget else None,
             num_ranks=nproc,
+            recalibrate=parse_count(recalibrate) if recalibrate else None,
             command=["diptych", *sys.argv[1:]],
         )
 

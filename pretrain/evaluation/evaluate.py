@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ from pretrain.config import RunConfig
 from pretrain.evaluation.context import Evaluation, effective_multiple, held_multiple, used_multiple
 from pretrain.evaluation.plan import Part, Plan
 from pretrain.evaluation.planning import Request, make_plan
+from pretrain.evaluation.recalibrate import plan_of, recalibration_result
 from pretrain.evaluation.schema import ContextReport, LengthResult, Provenance
-from pretrain.evaluation.session import Session
+from pretrain.evaluation.session import Session, checkpoint_digest, find_checkpoint
 from pretrain.evaluation.statistics import entropy_of_counts
 from pretrain.evaluation.work import missing_parts, part_path, run_parts
 from pretrain.training.checkpoint import checkpoint_name, load_state
+from pretrain.training.metrics import read_metrics
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -34,6 +36,7 @@ class Finished:
 
     report: ContextReport
     folder: Path
+    session: Session
 
 
 def this_device() -> torch.device:
@@ -67,7 +70,24 @@ def evaluate(
         run_on_ranks(plan, folder, ranks)
     session = Session(plan, device, documents)
     _run_here(session, folder, report)
-    return Finished(build_report(session, folder, ranks, command), folder)
+    return Finished(build_report(session, folder, ranks, command), folder, session)
+
+
+def evaluate_recalibrated(finished: Finished, config: RunConfig, tokens: int, report: Progress) -> Finished:
+    """Add to a report what the run `config`, which went on from the report's checkpoint on long rows, has become."""
+    before = finished.session
+    checkpoint = find_checkpoint(config.run_folder, None)
+    state = load_state(checkpoint)
+    plan = plan_of(before.plan, config, state.step, checkpoint_digest(checkpoint))
+    session = Session(plan, before.device, before.documents)
+    folder = config.run_folder / "evaluation" / "context"
+    _run_here(session, folder, report)
+    steps = [r for r in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in r]
+    result = recalibration_result(
+        Evaluation(before, finished.folder), session, folder, tokens, sum(r["seconds"] for r in steps)
+    )
+    updated = finished.report.model_copy(update={"recalibrations": [*finished.report.recalibrations, result]})
+    return replace(finished, report=updated)
 
 
 def _run_here(session: Session, folder: Path, report: Progress) -> None:

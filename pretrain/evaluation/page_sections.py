@@ -247,8 +247,7 @@ def _readings(report: ContextReport) -> str:
         content.append(grid(card("Gain by reading and length", table(header, rows), wide=True)))
     for recalibration in report.recalibrations:
         header, rows = _reading_rows(recalibration.results)
-        dropped = ", positions dropped" if recalibration.kind == "dropped" else ""
-        title = f"After {recalibration.tokens:,} more tokens, at length {recalibration.length:,}{dropped}"
+        title = f"After {recalibration.tokens:,} more tokens, at length {recalibration.length:,}"
         content.append(grid(card(title, table(header, rows), wide=True)))
     return section("Ways to read long rows", note, *content)
 

@@ -156,10 +156,7 @@ def _reading_section(report: ContextReport) -> list[str]:
     sections = ["## Ways to read long rows", text, _table(header, rows), meanings]
     for recalibration in report.recalibrations:
         header, rows = reading_table(recalibration.results)
-        title = (
-            f"### After {recalibration.tokens:,} tokens at length {recalibration.length:,}"
-            f"{', positions dropped' if recalibration.kind == 'dropped' else ''}"
-        )
+        title = f"### After {recalibration.tokens:,} more tokens at length {recalibration.length:,}"
         sections += [title, _table(header, rows)]
     return sections
 

@@ -173,7 +173,6 @@ class SpeedResult(_Entry):
 class RecalibrationResult(_Entry):
     """A short training on long rows, from the checkpoint on."""
 
-    kind: Literal["plain", "dropped"]
     tokens: int
     length: int
     seconds: float | None

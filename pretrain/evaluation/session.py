@@ -118,11 +118,15 @@ class Session:
         self.bf16 = device.type == "cuda" and resolve_precision(self.config) == "bf16"
 
     @cached_property
+    def documents(self) -> Sequence[Ids]:
+        """Of the plan's split, at least a training row long."""
+        return read_documents(self.config, self.manifest) if self._documents is None else self._documents
+
+    @cached_property
     def windows(self) -> list[Window]:
         """The target blocks in their longest windows."""
         plan = self.plan
-        documents = read_documents(self.config, self.manifest) if self._documents is None else self._documents
-        return draw_windows(documents, plan.training_length, plan.longest, plan.windows, plan.seed)
+        return draw_windows(self.documents, plan.training_length, plan.longest, plan.windows, plan.seed)
 
     @cached_property
     def token_counts(self) -> npt.NDArray[np.int64]:

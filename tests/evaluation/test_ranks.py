@@ -1,12 +1,14 @@
 """The command on several real ranks, interrupted on the way."""
 
 import json
+import shutil
 import os
 import signal
 import time
 
 import pytest
 
+from pretrain.training.metrics import read_metrics
 from tests.integration.test_whole_runs import diptych, start
 
 
@@ -45,3 +47,25 @@ def test_four_ranks_that_were_interrupted_give_the_numbers_of_one(trained, evalu
     diptych(tmp_path, *command, "--nproc", "4")
     assert approximately(alone, numbers(trained.run_folder, "context-valid"))
     assert len(list((folder / "logs").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_a_recalibration_is_a_run_of_its_own_that_goes_on_from_the_checkpoint(trained, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(trained.run_folder, run)
+    command = ("evaluate", "context", str(run), "--lengths", "1x,2x,4x", "windows=32", "--recalibrate", "6k")
+    assert "recalibrating for 6,000 tokens" in diptych(tmp_path, *command)
+    (folder,) = (run / "evaluation").glob("recalibrated-*")
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    before = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r][-1]
+    assert records[0]["step"] == before["step"] + 1
+    assert records[-1]["tokens"] >= before["tokens"] + 6000
+    report = json.loads((run / "evaluation" / "context" / "report.json").read_text())
+    (recalibration,) = report["recalibrations"]
+    assert (recalibration["tokens"], recalibration["length"]) == (6000, 128)
+    results = {r["multiple"]: r for r in recalibration["results"]}
+    plain = {r["multiple"]: r for r in report["results"]}
+    assert results[4]["loss"] != plain[4]["loss"]
+    assert results[4]["gain"] == pytest.approx(plain[1]["loss"] - results[4]["loss"])
+    assert results[1]["regression"] == pytest.approx(results[1]["loss"] - plain[1]["loss"])
+    assert "recalibrating" not in diptych(tmp_path, *command)
