@@ -321,7 +321,7 @@ def test_a_length_that_does_not_fit_is_left_out_and_a_batch_that_does_not_is_hal
         compute_part(session, part)
 
 
-def test_the_report_says_which_length_did_not_fit(trained, monkeypatch):
+def test_the_report_says_which_length_did_not_fit(trained, evaluated, monkeypatch):
     real = Session.score
 
     def score(self, rows):
@@ -330,7 +330,10 @@ def test_the_report_says_which_length_did_not_fit(trained, monkeypatch):
         return real(self, rows)
 
     monkeypatch.setattr(Session, "score", score)
-    finished = evaluate(Request(trained.run_folder, overrides=("evaluation.windows=20",)))
+    # A folder of its own: the report of all tests stays as it is.
+    step = evaluated.report.step
+    finished = evaluate(Request(trained.run_folder, step=step, overrides=("evaluation.windows=20",)))
+    assert finished.folder.name == f"context-step-{step}"
     assert [r.multiple for r in finished.report.results] == [0.5, 1, 2, 4]
     assert finished.report.skipped["8x"] == "a row of 256 does not fit into the memory of cpu"
     assert {r.multiple for r in finished.report.readings} == {2, 4}

@@ -1,8 +1,8 @@
 """The command on several real ranks, interrupted on the way."""
 
 import json
-import shutil
 import os
+import shutil
 import signal
 import time
 
