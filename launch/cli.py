@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import checkpoint, config, data, evaluate, model, plan, runs, train
+from launch.commands import checkpoint, compare, config, data, evaluate, model, plan, runs, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 
@@ -26,6 +26,7 @@ app.command()(train.quickstart)
 app.command()(train.train)
 app.command()(runs.runs)
 app.command()(plan.plan)
+app.command()(compare.compare)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(checkpoint.app, name="checkpoint")

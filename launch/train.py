@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.display import StageProgress, make_display, say
+from launch.evaluate import evaluate_context
 from launch.local import launch_local, num_gpus
-from launch.tables import fitting_table
 from pretrain.config import CorpusConfig, RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
@@ -132,7 +132,7 @@ def train(
                 return exit_code
         if evaluate:
             try:
-                evaluate_context(config.run_folder, console)
+                evaluate_context(config.run_folder, console, num_ranks=num_ranks if num_gpus() else 1)
             except UserError as error:
                 raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
     return EXIT_DONE
@@ -144,31 +144,3 @@ def _is_complete(config: RunConfig, status: Status | None) -> bool:
         return False
     here = (config.run_folder / "checkpoints" / status.checkpoint).is_dir()
     return here and status.tokens >= config.training.tokens
-
-
-def evaluate_context(
-    run_folder: Path, console: Console, *, step: int | None = None, overrides: Sequence[str] = ()
-) -> None:
-    """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
-
-    `step` and `overrides` are those of `evaluate_run`.
-    """
-    from pretrain.evaluation.context import evaluate_run
-    from pretrain.evaluation.report import COLUMNS, headline, table_rows, write_report
-
-    with StageProgress(console) as progress:
-        report = evaluate_run(
-            run_folder, step, overrides, lambda _, done, total: progress.report("context lengths", done, total)
-        )
-    folder = write_report(run_folder, report)
-    title = f"Context extension of {report.run}, step {report.step}"
-    console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
-    say(console, headline(report), "bold")
-    for multiple, why in report.skipped.items():
-        say(console, f"{multiple}x was not measured: {why}")
-    say(
-        console,
-        f"Loss in nats per masked token; token frequencies alone cost {report.unigram_loss:.3f} on these tokens "
-        f"(unigram entropy {report.unigram_entropy:.3f}).",
-    )
-    say(console, f"report: {folder / 'report.md'}")

@@ -34,6 +34,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.config, self.window = config, window
+        self.query_scale = 1.0
+        """Multiplies the queries, and so every score; the evaluation sets it for rows longer than trained on."""
         self.qkv = nn.Linear(config.hidden_size, 3 * config.attention_size, bias=False)
         self.output = nn.Linear(config.attention_size, config.hidden_size, bias=False)
         # One norm for all (sub-)heads: the triangles stay exchangeable.
@@ -48,7 +50,7 @@ class SelfAttention(nn.Module):
             q, k = (_on_sub_heads(norm, t, config) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = (_on_sub_heads(partial(rotate, table=rotary), t, config) for t in (q, k))
-        return q, k, v
+        return (q if self.query_scale == 1 else q * self.query_scale), k, v
 
 
 def _on_sub_heads(f: Callable[[Tensor], Tensor], x: Tensor, config: ModelConfig) -> Tensor:
