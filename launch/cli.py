@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import config, data, evaluate, model, runs, train
+from launch.commands import config, data, evaluate, model, runs, submit, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(train.quickstart)
 app.command()(train.train)
+app.command()(submit.submit)
 app.command()(runs.runs)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")

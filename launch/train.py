@@ -14,7 +14,7 @@ from launch.tables import fitting_table
 from pretrain.config import CorpusConfig, RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
-from pretrain.status import Status, read_status
+from pretrain.status import read_status
 
 
 def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
@@ -122,7 +122,7 @@ def train(
     with only_launch(config.run_folder):
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
-        if _is_complete(config, read_status(config.run_folder)):
+        if is_complete(config):
             say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
         else:
             where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
@@ -138,8 +138,9 @@ def train(
     return EXIT_DONE
 
 
-def _is_complete(config: RunConfig, status: Status | None) -> bool:
+def is_complete(config: RunConfig) -> bool:
     """Whether the run has seen all its tokens, and its last checkpoint is still there."""
+    status = read_status(config.run_folder)
     if status is None or status.state != "done" or status.checkpoint is None:
         return False
     here = (config.run_folder / "checkpoints" / status.checkpoint).is_dir()
