@@ -132,24 +132,25 @@ def submit(
     Raises:
         UserError: it would fail, be refused by Slurm, or is at work already.
     """
-    from launch.train import is_complete, only_launch
+    from launch.train import is_complete
     from pretrain.training.run_folder import open_run_folder
+    from pretrain.training.run_lock import run_lock
 
     check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
     if queue:
         check_cluster(config.cluster)
     manifest = find_manifest(config)
-    with only_launch(config.run_folder):
-        if queue:
-            refuse_if_queued(config.run_folder)
-            check_script(train_script(config, config.run_folder, "TOKEN", name=config.name))
-            if evaluate:
-                check_script(evaluation_script(config, config.run_folder, "TOKEN", name=config.name))
-        if is_complete(config):
-            raise UserError(
-                f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
-                f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
-            )
+    if queue:
+        refuse_if_queued(config.run_folder)
+        check_script(train_script(config, config.run_folder, "TOKEN", name=config.name))
+        if evaluate:
+            check_script(evaluation_script(config, config.run_folder, "TOKEN", name=config.name))
+    if is_complete(config):
+        raise UserError(
+            f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
+            f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
+        )
+    with run_lock(config.run_folder):
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
         (config.run_folder / CANCELLED).unlink(missing_ok=True)
@@ -160,9 +161,10 @@ def submit(
             scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
         for name, script in scripts.items():
             write_text(folder / f"{name}.sbatch", script)
-        if queue:
-            queue_scripts(folder, submission, scripts)
-            _say_what_is_queued(config, submission, console)
+    # Without the lock: a job that starts at once must find the run free.
+    if queue:
+        queue_scripts(folder, submission, scripts)
+        _say_what_is_queued(config, submission, console)
     return folder
 
 

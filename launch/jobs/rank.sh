@@ -1,14 +1,14 @@
 # shellcheck shell=bash disable=SC2154  # what settings.sh sets
-# One rank of a training job: takes its place from Slurm's variables, writes a log of its own, and loses no signal.
-# rank.sh SUBMISSION RUN LOGS, with MASTER_ADDR and MASTER_PORT in the environment; INT, TERM, USR1, USR2 are ignored.
+# One rank of a training job: takes its place from Slurm's variables, and loses no signal.
+# rank.sh SUBMISSION RUN START, with MASTER_ADDR and MASTER_PORT in the environment; INT, TERM, USR1, USR2 are ignored.
 
 # Python would be killed by a signal that comes before its handlers are there. Ignored here, it is not; and what the
 # shell hears from now on it repeats until the rank has ended.
-submission=$1 run=$2 logs=$3
+submission=$1 run=$2 start=$3
 # shellcheck source=/dev/null
 . "$submission/settings.sh"
-failed="$logs/failed"
-exec >>"$logs/$(printf 'rank-%04d.log' "$SLURM_PROCID")" 2>&1
+failed="$start/failed"
+exec >>"$start/$(printf 'rank-%04d.log' "$SLURM_PROCID")" 2>&1
 echo "--- $(date '+%F %T'): rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS starts on $(hostname)"
 
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
@@ -42,7 +42,7 @@ case $code in
     0) ;;
     75)
         # For srun, a code other than 0 is a reason to kill the ranks that are not quite as fast.
-        : >"$logs/resume-me"
+        : >"$start/resume-me"
         code=0
         ;;
     *) echo "rank $RANK on $(hostname): exit code $code" >>"$failed" ;;

@@ -65,8 +65,9 @@ done
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes")
 export MASTER_ADDR=${hosts[0]}
 export MASTER_PORT=$((12000 + (SLURM_JOB_ID + 101 * restart) % 20000))
-logs="$run/logs/job-$SLURM_JOB_ID-$restart"
-mkdir -p "$logs"
+# What ranks print before they meet, and how they end; from then on each writes to logs/attempt-.../ of the run.
+start="$submission/job-$SLURM_JOB_ID-start-$restart"
+mkdir -p "$start"
 before=$(newest_checkpoint)
 record start nodes "$SLURM_JOB_NODELIST" ranks "$((nodes * tasks_per_node))"
 if [ -e "$run/cancelled" ]; then
@@ -83,13 +84,13 @@ srun --export=ALL --nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntas
             echo "error: node $(hostname) does not see $0: set runs= to a folder that all nodes share" >&2
             exit 2
         fi
-        exec bash "$0/rank.sh" "$0" "$2" "$3"' "$submission" "token-$token" "$run" "$logs"
+        exec bash "$0/rank.sh" "$0" "$2" "$3"' "$submission" "token-$token" "$run" "$start"
 code=$?
-if [ "$code" = 0 ] && [ -e "$logs/resume-me" ]; then
+if [ "$code" = 0 ] && [ -e "$start/resume-me" ]; then
     code=75
 fi
 # srun gives the highest code, which may be that of a rank that was killed because of another.
-cause=$(head -n 1 "$logs/failed" 2>/dev/null)
+cause=$(head -n 1 "$start/failed" 2>/dev/null)
 case $cause in
     *"exit code 2" | *"exit code 3") code=${cause##* } ;;
 esac
@@ -100,8 +101,9 @@ case $code in
     75) requeue "saved on request" ;;
     138 | 140) requeue "signalled before it had begun" ;;
     2)
-        error=$(cat "$logs"/*.log "$log" 2>/dev/null | grep '^error: ' | tail -n 1 | LC_ALL=C tr -d '[:cntrl:]\\"')
-        record end code 2 why "$error"
+        mapfile -t logs < <(sed -n "s/^this rank's log: //p" "$start"/*.log)
+        error=$(grep -h '^error: ' "${logs[@]}" "$start"/*.log "$log" 2>/dev/null | tail -n 1)
+        record end code 2 why "$(LC_ALL=C tr -d '[:cntrl:]\\"' <<<"$error")"
         ;;
     3) record end code 3 why "a newer start has taken the run over" ;;
     *)
@@ -109,7 +111,7 @@ case $code in
         if [ "$(newest_checkpoint)" != "$before" ]; then
             requeue "${cause:-srun ended with $code}"
         fi
-        record end code "$code" why "${cause:-srun ended with $code}, before the first new checkpoint; see $logs"
+        record end code "$code" why "${cause:-srun ended with $code}, before the first new checkpoint; see $start"
         ;;
 esac
 exit "$code"

@@ -13,10 +13,10 @@ import pytest
 import typer
 
 import launch
-from launch import train
 from launch.cli import main
 from launch.commands.arguments import resumable
 from pretrain.errors import UserError
+from pretrain.training.run_lock import run_lock
 
 CHECKOUT = Path(launch.__file__).parent.parent
 
@@ -237,11 +237,11 @@ def test_an_interrupted_command_says_how_to_go_on(number, capsys):
 
 def test_a_run_is_trained_by_one_launch_at_a_time(tmp_path):
     run_folder = tmp_path / "runs" / "first"
-    with train.only_launch(run_folder):
+    with run_lock(run_folder):
         second = pytest.raises(UserError, match=f"is being trained already, by process {os.getpid()} on")
-        with second, train.only_launch(run_folder):
+        with second, run_lock(run_folder):
             pass
-        with train.only_launch(tmp_path / "runs" / "second"):
+        with run_lock(tmp_path / "runs" / "second"):
             pass
-    with train.only_launch(run_folder):
+    with run_lock(run_folder):
         pass
