@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import config, data, evaluate, model, runs, submit, train
+from launch.commands import config, data, evaluate, model, runs, submit, sweep, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 
@@ -27,6 +27,10 @@ app.command()(train.quickstart)
 app.command()(train.train)
 app.command()(submit.submit)
 app.command()(runs.runs)
+app.command()(runs.logs)
+app.command()(runs.cancel)
+app.command()(runs.resume)
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(config.app, name="config")

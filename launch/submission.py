@@ -20,11 +20,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.slurm import JobState
 from pretrain.config import RunConfig, config_folder, works_with
 from pretrain.files import write_json, write_text
 
@@ -45,6 +46,14 @@ class Submission:
     """Job ids by what they do: train, evaluate."""
     commit: str | None = None
     """Of the code; with a + where it was changed since."""
+
+    def state_of(self, job: str, states: Mapping[str, JobState]) -> JobState | None:
+        """The state of one of its jobs among all `states`; None where Slurm has forgotten it.
+
+        Ids repeat on a cluster that was set up anew: a job with another comment is somebody else's.
+        """
+        state = states.get(self.jobs.get(job, ""))
+        return state if state is not None and (not state.comment or self.token in state.comment) else None
 
     def write(self, folder: Path) -> None:
         """Write it into a submission's folder."""
@@ -123,11 +132,17 @@ def settings(config: RunConfig, token: str) -> str:
         "token": token,
         "node_counts": " ".join(map(str, node_counts(config))),
         "tasks_per_node": cluster.ranks_per_node,
+        "cpus_per_task": cpus_per_rank(config),
         "max_requeues": cluster.max_requeues,
     }
     lines = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
     lines += [f"srun_arguments=({shlex.join(srun_arguments)})", f"python=({shlex.join(python)})"]
     return "# What this submission asked for; sourced by train.sh, rank.sh and evaluate.sh.\n" + "\n".join(lines) + "\n"
+
+
+def cpus_per_rank(config: RunConfig) -> int:
+    """CPU cores of each rank: for itself, and for its loader's processes."""
+    return config.cluster.cpus_per_task or 1 + config.data.workers
 
 
 def node_counts(config: RunConfig) -> list[int]:

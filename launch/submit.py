@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from launch.control import CANCELLED
 from launch.display import say
 from launch.slurm import (
-    JobState,
     SlurmSilentError,
     cancel_job,
     check_cluster,
@@ -25,6 +25,7 @@ from launch.slurm import (
 from launch.submission import (
     SUBMISSIONS,
     Submission,
+    cpus_per_rank,
     fill_folder,
     make_folder,
     newest_submission,
@@ -34,9 +35,6 @@ from pretrain.config import RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import UserError
 from pretrain.files import write_text
-
-CANCELLED = "cancelled"
-"""A file in the run folder: its job must not go back into the queue."""
 
 _BODY = """
 submission={submission}
@@ -53,11 +51,14 @@ exec >>"$submission/job-$SLURM_JOB_ID.out" 2>&1
 
 def train_script(config: RunConfig, submission: Path, token: str, *, name: str, members: int = 0) -> str:
     """The batch script of a training, or of `members` trainings as an array."""
-    cluster = config.cluster
+    cluster, fewest, cpus = config.cluster, node_counts(config)[-1], cpus_per_rank(config)
+    if fewest == cluster.nodes:
+        layout = {"nodes": cluster.nodes, "ntasks_per_node": cluster.ranks_per_node, "cpus_per_task": cpus}
+    else:
+        # Told how many tasks a node has, Slurm would always give the fewest nodes.
+        layout = {"nodes": f"{fewest}-{cluster.nodes}", "cpus_per_task": cpus * cluster.ranks_per_node}
     parameters: dict[str, Any] = {
-        "nodes": cluster.nodes if len(node_counts(config)) == 1 else f"{node_counts(config)[-1]}-{cluster.nodes}",
-        "ntasks_per_node": cluster.ranks_per_node,
-        "cpus_per_task": cluster.cpus_per_task or 1 + config.data.workers,
+        **layout,
         "gpus_per_node": cluster.gpus_per_node or None,
         "time": cluster.time,
         "partition": cluster.partition,
@@ -132,16 +133,16 @@ def submit(
     Raises:
         UserError: it would fail, be refused by Slurm, or is at work already.
     """
+    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+    if queue:
+        check_cluster(config.cluster)
+        refuse_if_queued(config.run_folder)
     from launch.train import is_complete
     from pretrain.training.run_folder import open_run_folder
     from pretrain.training.run_lock import run_lock
 
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
-    if queue:
-        check_cluster(config.cluster)
     manifest = find_manifest(config)
     if queue:
-        refuse_if_queued(config.run_folder)
         check_script(train_script(config, config.run_folder, "TOKEN", name=config.name))
         if evaluate:
             check_script(evaluation_script(config, config.run_folder, "TOKEN", name=config.name))
@@ -217,28 +218,21 @@ def find_manifest(config: RunConfig) -> Manifest:
 def refuse_if_queued(run_folder: Path) -> None:
     """Refuse to start a run that Slurm has in its queue or on nodes.
 
+    Where Slurm does not answer nobody knows; then the run's lock and its attempts keep a second writer out.
+
     Raises:
-        UserError: it has, or its controller does not answer, so that nobody knows.
+        UserError: it has.
     """
     submission = newest_submission(run_folder)
     if submission is None or "train" not in submission.jobs:
         return
     try:
-        state = slurm_state(submission, "train", job_states(submission.jobs.values()))
-    except SlurmSilentError as error:
-        raise UserError(f"{run_folder.name} was submitted before, and {error}; try again when it is back") from error
+        state = submission.state_of("train", job_states(submission.jobs.values()))
+    except SlurmSilentError:
+        return
     if state is not None and state.is_open:
         doing = "queued" if state.is_waiting else "running"
         raise UserError(
             f"{run_folder.name} is {doing} already, as job {submission.jobs['train']} ({state.state}); `diptych cancel "
             f"{run_folder.name}` ends it, after it has saved; or choose another name=..."
         )
-
-
-def slurm_state(submission: Submission, job: str, states: dict[str, JobState]) -> JobState | None:
-    """The state of one of a submission's jobs among all `states`; None where Slurm has forgotten it.
-
-    Ids repeat on a cluster that was set up anew: a job with another comment is somebody else's.
-    """
-    state = states.get(submission.jobs.get(job, ""))
-    return state if state is not None and (not state.comment or submission.token in state.comment) else None

@@ -86,6 +86,9 @@ def train(
     Returns:
         The exit code; see `launch_local`.
     """
+    from launch.submit import refuse_if_queued
+
+    refuse_if_queued(config.run_folder)
     manifest = ensure_corpus(config.corpus, console)
     from pretrain.training.run_folder import open_run_folder
     from pretrain.training.run_lock import run_lock

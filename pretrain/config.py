@@ -149,6 +149,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+    sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default={})
+    """The axes of `diptych sweep`, ignored elsewhere: a key and its values, or a name and named groups of settings."""
     phases: list[PhaseConfig] = Field(default=[])
     """A curriculum, for instance long rows at the end: each phase changes some settings from a number of tokens on."""
 

@@ -1,10 +1,9 @@
 # shellcheck shell=bash disable=SC2154  # what settings.sh sets
 # One rank of a training job: takes its place from Slurm's variables, and loses no signal.
-# rank.sh SUBMISSION RUN START, with MASTER_ADDR and MASTER_PORT in the environment; INT, TERM, USR1, USR2 are ignored.
-
-# Python would be killed by a signal that comes before its handlers are there. Ignored here, it is not; and what the
-# shell hears from now on it repeats until the rank has ended.
-submission=$1 run=$2 start=$3
+# Sourced with the arguments SUBMISSION TOKEN RUN START, MASTER_ADDR and MASTER_PORT in the environment, and signals
+# trapped: `asked` is set when one came. What this shell hears it repeats to the rank until that ends: Python would be
+# killed by a signal that comes before its handlers are there, so it starts with signals ignored.
+submission=$0 run=$2 start=$3
 # shellcheck source=/dev/null
 . "$submission/settings.sh"
 failed="$start/failed"
@@ -13,28 +12,28 @@ echo "--- $(date '+%F %T'): rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS starts o
 
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS
 export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$tasks_per_node
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
 export PYTHONPATH="$submission/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu
 
 trap '' INT TERM USR1 USR2
 "${python[@]}" -P -m pretrain.training "$run" &
 rank=$!
-trap : INT TERM USR1 USR2
+trap 'asked=yes' INT TERM USR1 USR2
 
-wait "$rank"
-code=$?
+if [ -z "${asked:-}" ]; then
+    wait "$rank"
+    code=$?
+fi
 seconds=0
 while kill -0 "$rank" 2>/dev/null; do
-    # `wait` was interrupted by a signal. After a failure elsewhere this rank is stuck, most likely, and nobody waits
-    # for it longer than this.
+    # A signal came. After a failure elsewhere this rank is stuck, most likely, and nobody waits for it longer than this.
     kill -TERM "$rank"
     [ ! -e "$failed" ] || seconds=$((seconds + 1))
     [ "$seconds" -lt 5 ] || kill -KILL "$rank"
     sleep 1
-    wait_again=yes
 done
-if [ -n "${wait_again:-}" ]; then
+if [ -n "${asked:-}" ]; then
     wait "$rank"
     code=$?
 fi

@@ -39,18 +39,19 @@ requeue() {
         record end code "$code" why "$1; it was started again $restart times already (cluster.max_requeues)"
         exit 75
     fi
-    # For as long as the controller is away. If it has started the job again elsewhere in the meantime (this node was
-    # cut off), there is a newer start, which must not be disturbed.
-    record end code "$code" why "$1; back into the queue"
+    # For as long as the controller is away. If it has taken the job back or ended it by itself, or has started it again
+    # elsewhere because this node was cut off, that must not be disturbed.
     for minute in 0 1 2 3 4 5 6 7 8 9; do
         [ "$minute" = 0 ] || sleep 60
-        current=$(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=RestartCnt 2>/dev/null | tr -d ' ')
+        read -r current state < <(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=RestartCnt,State 2>/dev/null)
         [ -n "$current" ] || continue
-        if [ "$current" != "$restart" ]; then
-            record end code "$code" why "$1; Slurm has taken the job back into the queue by itself"
+        if [ "$current" != "$restart" ] || [ "$state" != RUNNING ]; then
+            record end code "$code" why "$1; ended by Slurm ($state)"
             exit 75
         fi
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        record end code "$code" why "$1; back into the queue"
+        # At its end the job is in the queue already. To wait for being ended would hold the nodes for KillWait.
+        scontrol requeue "$SLURM_JOB_ID" && exit 75
     done
     record end code "$code" why "$1; Slurm did not take it back into the queue"
     exit 75
@@ -75,16 +76,16 @@ if [ -e "$run/cancelled" ]; then
     exit 75
 fi
 
-# shellcheck disable=SC2016  # expanded by the rank's shell, which ignores signals from its first moment on
+# shellcheck disable=SC2016  # expanded by the rank's shell, which hears signals from its first moment on
 srun --export=ALL --nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
-    --nodelist="$(IFS=,; echo "${hosts[*]}")" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    --nodelist="$(IFS=,; echo "${hosts[*]}")" --cpus-per-task="$cpus_per_task" \
     --kill-on-bad-exit=1 --wait=60 --unbuffered "${srun_arguments[@]}" \
-    bash -c 'trap "" INT TERM USR1 USR2
+    bash -c 'trap "asked=yes" INT TERM USR1 USR2
         if [ ! -e "$0/$1" ]; then
             echo "error: node $(hostname) does not see $0: set runs= to a folder that all nodes share" >&2
             exit 2
         fi
-        exec bash "$0/rank.sh" "$0" "$2" "$3"' "$submission" "token-$token" "$run" "$start"
+        . "$0/rank.sh"' "$submission" "token-$token" "$run" "$start"
 code=$?
 if [ "$code" = 0 ] && [ -e "$start/resume-me" ]; then
     code=75

@@ -52,7 +52,8 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     seconds = time.monotonic() - started
     assert result.returncode == 0
     assert all(
-        f" {name} " in result.stdout for name in ("quickstart", "train", "data", "evaluate", "runs", "model", "config")
+        f" {name} " in result.stdout
+        for name in ("quickstart", "train", "data", "evaluate", "runs", "submit", "sweep", "model", "config")
     )
     profile = diptych("--help", cwd=here, PYTHONPROFILEIMPORTTIME="1").stderr
     imported = {line.rpartition("|")[2].strip() for line in profile.splitlines()}
@@ -71,6 +72,12 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
         "data show",
         "evaluate context",
         "runs",
+        "submit",
+        "logs",
+        "cancel",
+        "resume",
+        "sweep run",
+        "sweep show",
         "evaluate probe argmax",
         "model show",
         "config show",
