@@ -52,6 +52,7 @@ exec >>"$submission/job-$SLURM_JOB_ID.out" 2>&1
 def train_script(config: RunConfig, submission: Path, token: str, *, name: str, members: int = 0) -> str:
     """The batch script of a training, or of `members` trainings as an array."""
     cluster, fewest, cpus = config.cluster, node_counts(config)[-1], cpus_per_rank(config)
+    layout: dict[str, Any]
     if fewest == cluster.nodes:
         layout = {"nodes": cluster.nodes, "ntasks_per_node": cluster.ranks_per_node, "cpus_per_task": cpus}
     else:

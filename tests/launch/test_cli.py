@@ -51,10 +51,8 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     result = diptych("--help", cwd=here)
     seconds = time.monotonic() - started
     assert result.returncode == 0
-    assert all(
-        f" {name} " in result.stdout
-        for name in ("quickstart", "train", "data", "evaluate", "runs", "submit", "sweep", "model", "config")
-    )
+    names = ("quickstart", "train", "submit", "sweep", "runs", "data", "evaluate", "model", "config")
+    assert all(f" {name} " in result.stdout for name in names)
     profile = diptych("--help", cwd=here, PYTHONPROFILEIMPORTTIME="1").stderr
     imported = {line.rpartition("|")[2].strip() for line in profile.splitlines()}
     assert "typer" in imported
