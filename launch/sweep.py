@@ -97,11 +97,9 @@ def members_of(axes: Mapping[str, Sequence[Point]]) -> list[Member]:
     members = []
     for points in itertools.product(*axes.values()):
         labels = {axis: point.label for axis, point in zip(axes, points, strict=True)}
-        parts = [
-            f"{axis.rsplit('.', 1)[-1]}{label}" if re.match(r"[-\d.]", label) else label
-            for axis, label in labels.items()
-        ]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
+        # A value that is no word needs the one that it belongs to.
+        words = [v if v[:1].isalpha() else f"{axis.rsplit('.', 1)[-1]}{v}" for axis, v in labels.items()]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))
         members.append(Member(name, labels, [override for point in points for override in point.overrides]))
     return members
 
