@@ -225,15 +225,17 @@ def refuse_if_queued(run_folder: Path) -> None:
         UserError: it has.
     """
     submission = newest_submission(run_folder)
-    if submission is None or "train" not in submission.jobs:
+    if submission is None or not submission.jobs:
         return
     try:
-        state = submission.state_of("train", job_states(submission.jobs.values()))
+        states = job_states(submission.jobs.values())
     except SlurmSilentError:
         return
-    if state is not None and state.is_open:
-        doing = "queued" if state.is_waiting else "running"
-        raise UserError(
-            f"{run_folder.name} is {doing} already, as job {submission.jobs['train']} ({state.state}); `diptych cancel "
-            f"{run_folder.name}` ends it, after it has saved; or choose another name=..."
-        )
+    for job, job_id in submission.jobs.items():
+        state = submission.state_of(job, states)
+        if state is not None and state.is_open:
+            doing = "queued" if state.is_waiting else "running"
+            raise UserError(
+                f"{run_folder.name} is {doing} already, as job {job_id} ({job}, {state.state}); `diptych cancel "
+                f"{run_folder.name}` ends it, after it has saved; or choose another name=..."
+            )

@@ -3,9 +3,11 @@
 # Sourced with the arguments SUBMISSION TOKEN RUN START, MASTER_ADDR and MASTER_PORT in the environment, and signals
 # trapped: `asked` is set when one came. What this shell hears it repeats to the rank until that ends: Python would be
 # killed by a signal that comes before its handlers are there, so it starts with signals ignored.
-submission=$0 run=$2 start=$3
+submission=$0
 # shellcheck source=/dev/null
 . "$submission/settings.sh"
+# After the settings, whose run is only the first one of a sweep.
+run=$2 start=$3
 failed="$start/failed"
 exec >>"$start/$(printf 'rank-%04d.log' "$SLURM_PROCID")" 2>&1
 echo "--- $(date '+%F %T'): rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS starts on $(hostname)"
