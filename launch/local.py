@@ -21,8 +21,9 @@ from types import FrameType
 
 from launch.display import Display
 from pretrain.config import RunConfig
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_WRONG_INPUT
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT
 from pretrain.status import LIVE_STATES, STATUS, read_status
+from pretrain.training.attempt import VARIABLE, Attempt, take_attempt
 
 POLL_S = 0.1
 FAILURE_GRACE_S = 5.0
@@ -32,6 +33,8 @@ SAVE_GRACE_S = 300.0
 REPEAT_S = 0.5
 """Two SIGINTs closer than this are one Ctrl-C, which a wrapper forwarded a second time."""
 TAIL_LINES = 15
+TELLING = (EXIT_SUPERSEDED, EXIT_WRONG_INPUT)
+"""Exit codes of a rank that say why the launch ends, whatever the other ranks say."""
 
 SIGNAL_HINTS = {
     signal.SIGKILL: "out of memory (see `dmesg`; lower training.micro_batch_size), or someone killed it",
@@ -215,7 +218,7 @@ class Supervisor:
         expected = {EXIT_DONE, EXIT_RESUME_ME, *([-signal.SIGTERM] if self._stopping else [])}
         wrong = [rank for rank in ended if rank.exit_code not in expected]
         if wrong and not self.failed and not self._killed:
-            self.failed = sorted(wrong, key=lambda rank: (rank.exit_code != EXIT_WRONG_INPUT, rank.exit_code or 0))
+            self.failed = sorted(wrong, key=lambda rank: (rank.exit_code not in TELLING, rank.exit_code or 0))
             self._end_within(FAILURE_GRACE_S)
             for rank in self._ranks:
                 rank.terminate()
@@ -254,7 +257,7 @@ class Supervisor:
     def _exit_code(self) -> int:
         codes = {rank.exit_code for rank in self._ranks}
         if self.failed:
-            return EXIT_WRONG_INPUT if any(rank.exit_code == EXIT_WRONG_INPUT for rank in self.failed) else EXIT_FAILED
+            return next((code for code in TELLING for rank in self.failed if rank.exit_code == code), EXIT_FAILED)
         if codes == {EXIT_DONE}:
             return EXIT_DONE
         if self._requests.at_once or (self._killed and not self._ended_early()):
@@ -294,11 +297,11 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
 
     Returns:
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
-        wrong; 1: anything else. No rank is left running in any case.
+        wrong; 3: a newer attempt has taken the run over; 1: anything else. No rank is left running in any case.
     """
     run_folder = config.run_folder
-    logs = run_folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    attempt = take_attempt(run_folder)
+    attempt.log(0).parent.mkdir(parents=True, exist_ok=True)
     port, gpus = free_port(), num_gpus()
     ranks: list[Rank] = []
     with stop_requests() as requests, display:
@@ -306,7 +309,8 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         try:
             for number in range(num_ranks):
                 environment = rank_environment(number, num_ranks, port, gpus, os.environ)
-                ranks.append(start_rank(rank_command(run_folder), environment, logs / f"rank-{number:04d}.log"))
+                environment[VARIABLE] = str(attempt.number)
+                ranks.append(start_rank(rank_command(run_folder), environment, attempt.log(number)))
             supervisor = Supervisor(ranks, requests, display)
             exit_code = supervisor.watch(feed.refresh)
         finally:
@@ -318,7 +322,7 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         for line in rank.log_tail():
             display.message(f"  {line}")
         display.message(f"the whole log: {rank.log}")
-    _close_status(run_folder, exit_code, supervisor.failed)
+    _close_status(attempt, exit_code, supervisor.failed)
     if exit_code == EXIT_RESUME_ME:
         status = read_status(run_folder)
         where = f" from {status.checkpoint}" if status and status.checkpoint else ""
@@ -326,12 +330,12 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
     return exit_code
 
 
-def _close_status(run_folder: Path, exit_code: int, failed: Sequence[Rank]) -> None:
+def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> None:
     """Where the ranks had no time to say that they end, say it for them."""
-    status = read_status(run_folder)
-    if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE:
+    status = read_status(attempt.run_folder)
+    if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE or attempt.superseded_by():
         return
     status.state = "interrupted" if exit_code == EXIT_RESUME_ME or not failed else "failed"
     if failed:
         status.message = f"rank {failed[0].number} {failed[0].how_it_ended()}"
-    status.write(run_folder)
+    status.write(attempt.run_folder)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
+from pretrain.cluster_config import ClusterConfig as ClusterConfig
 from pretrain.data_config import AbsolutePath as AbsolutePath
 from pretrain.data_config import CorpusConfig as CorpusConfig
 from pretrain.data_config import DataConfig as DataConfig
@@ -164,6 +165,9 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default={})
+    """The axes of `diptych sweep`, ignored elsewhere: a key and its values, or a name and named groups of settings."""
     phases: list[PhaseConfig] = Field(default=[])
     """A curriculum, for instance long rows at the end: each phase changes some settings from a number of tokens on."""
 
@@ -222,22 +226,27 @@ class RunConfig(Section):
             raise ValueError(f"phase {phase}: sequence_length = {longest} is beyond model.max_positions")
 
 
+def _batch_sizes(config: RunConfig) -> list[int]:
+    return [config.training.batch_size, *(phase.batch_size for phase in config.phases if phase.batch_size)]
+
+
+def works_with(config: RunConfig, world_size: int) -> bool:
+    """Whether the streams and every batch can be divided among so many ranks."""
+    return all(number % world_size == 0 for number in (config.data.streams, *_batch_sizes(config)))
+
+
 def check_topology(config: RunConfig, world_size: int) -> None:
     """Refuse a number of ranks that the batch or the streams cannot be divided by.
 
     Raises:
         UserError: naming the two numbers and the choices that work.
     """
-    batches = [config.training.batch_size, *(phase.batch_size for phase in config.phases if phase.batch_size)]
-    works = [
-        n
-        for n in range(1, config.data.streams + 1)
-        if all(number % n == 0 for number in (config.data.streams, *batches))
-    ]
-    if world_size not in works:
+    if not works_with(config, world_size):
+        works = [n for n in range(1, config.data.streams + 1) if works_with(config, n)]
         raise UserError(
             f"{world_size} ranks cannot share data.streams = {config.data.streams} and training.batch_size = "
-            f"{', '.join(map(str, batches))} evenly; use one of {', '.join(map(str, works))} ranks, or change these"
+            f"{', '.join(map(str, _batch_sizes(config)))} evenly; use one of {', '.join(map(str, works))} ranks, or "
+            "change these"
         )
 
 

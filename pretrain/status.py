@@ -32,6 +32,8 @@ class Status(BaseModel):
     validation_loss: float | None = None
     validation_step: int | None = None
     checkpoint: str | None = None
+    attempt: int | None = None
+    """Number of the start that wrote this."""
     ranks: int | None = None
     precision: str | None = None
     heartbeat: float

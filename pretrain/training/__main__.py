@@ -6,8 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from pretrain.errors import EXIT_FAILED, EXIT_WRONG_INPUT, UserError
-from pretrain.training.processes import StopRequest, die_with_launcher, join_ranks
+from pretrain.errors import EXIT_FAILED, EXIT_SUPERSEDED, EXIT_WRONG_INPUT, UserError
+from pretrain.training.attempt import SupersededError
+from pretrain.training.processes import StopRequest, die_with_launcher, hold_run, join_ranks
 
 
 def main(run_folder: str) -> int:
@@ -25,10 +26,14 @@ def main(run_folder: str) -> int:
     try:
         config = load_config(str(Path(run_folder) / "config.yaml"))
         rank, world_size, device = join_ranks()
-        return Trainer(config, rank, world_size, device, stop_request).train()
+        with hold_run(config.run_folder, rank):
+            return Trainer(config, rank, world_size, device, stop_request).train()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except SupersededError as end:
+        logging.error("%s", end)
+        return EXIT_SUPERSEDED
     except Exception:
         logging.exception("this rank failed")
         return EXIT_FAILED

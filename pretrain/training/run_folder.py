@@ -1,7 +1,7 @@
 """The run folder: which run it holds, and the files in it that say how the run is doing.
 
 runs/NAME/  config.yaml  environment.json  metrics.jsonl  status.json
-            checkpoints/  evaluation/  logs/  tensorboard/
+            attempts/  checkpoints/  evaluation/  logs/  tensorboard/
 """
 
 import os

@@ -17,6 +17,7 @@ from pretrain.data.stream import StreamState
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.status import Status
+from pretrain.training.attempt import agree_on_attempt
 from pretrain.training.checkpoint import TrainingState, remove_leftovers
 from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
 from pretrain.training.checkpoint_save import CheckpointSaver
@@ -43,6 +44,7 @@ class Trainer:
         self.config = config
         """As `run`, with the settings of the phase at hand."""
         self.stop_request = stop_request
+        self.attempt = agree_on_attempt(config.run_folder)
         self.checkpoints = config.run_folder / "checkpoints"
         self.manifest = load_manifest(config.corpus.path)
         vocab_size = self.manifest.tokenizer.vocab_size
@@ -54,6 +56,7 @@ class Trainer:
         self.status = Status(
             heartbeat=time.time(),
             total_tokens=config.training.tokens,
+            attempt=self.attempt.number,
             ranks=world_size,
             precision=self.engine.precision,
         )
@@ -135,6 +138,7 @@ class Trainer:
             self.engine,
             self.config.checkpoint,
             own_streams=range(self.rank, streams, self.world_size),
+            guard=self.attempt.check,
             damaged=newer_than(path) if path else (),
         )
         if path is None:
@@ -224,6 +228,7 @@ class Trainer:
     def _save(self, *, last: bool = False) -> None:
         """Save; the last one of a run is on the disk when this returns."""
         self._log()
+        self.attempt.check_together()
         self._report("saving")
         self.saver.save(self.state, at_once=last)
         error = self._report_saves()
@@ -261,6 +266,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- what others see
 
     def _log(self) -> None:
+        self.attempt.check_together()
         record = self.metrics.flush()
         if record is not None:
             self._report("training", record)
@@ -270,8 +276,8 @@ class Trainer:
         self.status.events.append(text)
 
     def _report(self, state: str, record: dict[str, Any] | None = None) -> None:
-        """Write status.json (rank 0)."""
-        if self.rank:
+        """Write status.json (rank 0), unless it is a newer attempt's by now."""
+        if self.rank or self.attempt.superseded_by():
             return
         status = self.status
         status.state, status.step, status.tokens = state, self.state.step, self.state.tokens_seen

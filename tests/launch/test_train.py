@@ -12,6 +12,7 @@ from launch import train
 from launch.display import make_console
 from pretrain.config import CorpusConfig, RunConfig
 from pretrain.errors import UserError
+from pretrain.training.run_lock import run_lock
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_more_ranks_than_gpus_are_refused(config, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"), train.only_launch(tmp_path / "file" / "runs" / "x"):
+    with pytest.raises(UserError, match="cannot write to"), run_lock(tmp_path / "file" / "runs" / "x"):
         pass
 
 
