@@ -1,7 +1,6 @@
 """One training from end to end: corpus, run folder, ranks, context report. What `train` and `quickstart` share."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
