@@ -11,6 +11,7 @@ import typer
 from launch.commands import checkpoint, compare, config, data, evaluate, model, plan, runs, submit, sweep, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
+from pretrain.redaction import redact
 
 app = typer.Typer(
     name="diptych",
@@ -46,7 +47,7 @@ def main() -> None:
     try:
         app(prog_name="diptych")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(EXIT_WRONG_INPUT)
 
 

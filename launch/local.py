@@ -24,6 +24,7 @@ from pretrain.config import RunConfig
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT
 from pretrain.status import LIVE_STATES, STATUS, read_status
 from pretrain.training.attempt import VARIABLE, Attempt, take_attempt
+from pretrain.training.watchdog import end_of
 
 POLL_S = 0.1
 FAILURE_GRACE_S = 5.0
@@ -192,8 +193,11 @@ def stop_requests() -> Iterator[StopRequests]:
 class Supervisor:
     """Watches ranks until all have ended, and decides what their end means."""
 
-    def __init__(self, ranks: Sequence[Rank], requests: StopRequests, display: Display) -> None:
-        self._ranks, self._requests, self._display = ranks, requests, display
+    def __init__(
+        self, ranks: Sequence[Rank], requests: StopRequests, display: Display, attempt: Attempt | None = None
+    ) -> None:
+        """`attempt` is the one that the ranks' watchdogs may end; None for ranks that have none."""
+        self._ranks, self._requests, self._display, self._attempt = ranks, requests, display, attempt
         self._deadline = float("inf")
         self._stopping = False
         self._killed = False
@@ -225,6 +229,9 @@ class Supervisor:
         elif any(rank.exit_code == -signal.SIGTERM for rank in ended):
             # It ended before it could handle the signal, so there is nothing to save and the others wait in vain.
             self._end_within(FAILURE_GRACE_S)
+        elif self._ended_by_watchdog():
+            # By the watchdog, because of a rank that will not end by itself.
+            self._end_within(FAILURE_GRACE_S)
         else:
             self._end_within(SAVE_GRACE_S)
 
@@ -254,12 +261,17 @@ class Supervisor:
     def _ended_early(self) -> bool:
         return self._stopping and any(rank.exit_code == -signal.SIGTERM for rank in self._ranks)
 
+    def _ended_by_watchdog(self) -> bool:
+        return self._attempt is not None and end_of(self._attempt) is not None
+
     def _exit_code(self) -> int:
         codes = {rank.exit_code for rank in self._ranks}
         if self.failed:
             return next((code for code in TELLING for rank in self.failed if rank.exit_code == code), EXIT_FAILED)
         if codes == {EXIT_DONE}:
             return EXIT_DONE
+        if self._ended_by_watchdog() and not self._requests.at_once:
+            return EXIT_RESUME_ME
         if self._requests.at_once or (self._killed and not self._ended_early()):
             return EXIT_FAILED
         return EXIT_RESUME_ME
@@ -286,9 +298,9 @@ class StatusFeed:
         status = read_status(self._run_folder)
         if status is None or status.heartbeat < self._launched_at:
             return
-        for event in status.events[self._events :]:
+        for event in status.events[max(self._events - status.events_before, 0) :]:
             self._display.message(event)
-        self._events = max(self._events, len(status.events))
+        self._events = max(self._events, status.events_before + len(status.events))
         self._display.update(status)
 
 
@@ -299,6 +311,8 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
         wrong; 3: a newer attempt has taken the run over; 1: anything else. No rank is left running in any case.
     """
+    from pretrain.training.run_folder import CORPUS_URL
+
     run_folder = config.run_folder
     attempt = take_attempt(run_folder)
     attempt.log(0).parent.mkdir(parents=True, exist_ok=True)
@@ -310,8 +324,10 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
             for number in range(num_ranks):
                 environment = rank_environment(number, num_ranks, port, gpus, os.environ)
                 environment[VARIABLE] = str(attempt.number)
+                if config.corpus.url:
+                    environment[CORPUS_URL] = config.corpus.url
                 ranks.append(start_rank(rank_command(run_folder), environment, attempt.log(number)))
-            supervisor = Supervisor(ranks, requests, display)
+            supervisor = Supervisor(ranks, requests, display, attempt)
             exit_code = supervisor.watch(feed.refresh)
         finally:
             for rank in ranks:
@@ -336,6 +352,7 @@ def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> N
     if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE or attempt.superseded_by():
         return
     status.state = "interrupted" if exit_code == EXIT_RESUME_ME or not failed else "failed"
+    status.message = end_of(attempt)
     if failed:
         status.message = f"rank {failed[0].number} {failed[0].how_it_ended()}"
     status.write(attempt.run_folder)

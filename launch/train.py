@@ -10,6 +10,7 @@ from launch.local import launch_local, num_gpus
 from pretrain.config import CorpusConfig, RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
+from pretrain.redaction import redact
 from pretrain.status import read_status
 
 
@@ -48,7 +49,7 @@ def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:
     if corpus.url and not (corpus.path / MANIFEST).is_file():
         from pretrain.data.remote import fetch_description
 
-        say(console, f"fetching the manifest of {corpus.url} to {corpus.path}")
+        say(console, f"fetching the manifest of {redact(corpus.url)} to {corpus.path}")
         fetch_description(corpus.url, corpus.path)
     if corpus.sources and not (corpus.path / MANIFEST).is_file():
         say(console, f"there is no finished corpus at {corpus.path} yet: building it")

@@ -80,7 +80,14 @@ class TrainingConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all lengths; `auto` is on for CUDA."""
     max_skipped_steps: Count = 5
-    """Stop with an error after this many steps in a row whose gradient norm was not finite."""
+    """Stop with an error after this many steps in a row were skipped."""
+    spikes: Literal["off", "skip", "rollback"] = "off"
+    """What follows a loss far above those before it. `off`: it is reported, and the step is taken: clipping and AdamW
+    bound what it can do. `skip`: the step is not taken. `rollback`: as `skip`, and instead of stopping after
+    `max_skipped_steps` the run goes back to its last checkpoint and on with the rows behind the offending ones. The
+    last two look at each loss before the optimizer moves, which costs one more wait for the device per step."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 10.0
+    """How far a spike is above the median of the last 128 losses, in robust standard deviations of these."""
     log_every: Count = 10
     """Steps between two progress lines; metrics.jsonl gets every step regardless."""
     validate_every: Count = 100
@@ -103,6 +110,15 @@ class CheckpointConfig(Section):
     write them meanwhile. The last save of a run waits until it is on the disk."""
     strict: bool = False
     """Refuse to resume from an older checkpoint where a newer one is damaged."""
+
+
+class SupervisionConfig(Section):
+    """When a run that makes no progress is ended, so that it can be resumed (exit code 75)."""
+
+    silence_s: Annotated[float, Field(gt=0)] = 600.0
+    """No step and no batch of a validation is completed on a rank for so many seconds."""
+    long_silence_s: Annotated[float, Field(gt=0)] = 1800.0
+    """The same while a rank starts, compiles, or loads or saves a checkpoint."""
 
 
 class EvaluationConfig(Section):
@@ -164,6 +180,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default={})

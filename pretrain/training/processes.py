@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import EXIT_FAILED, UserError
-from pretrain.training.attempt import VARIABLE, agree_on_attempt
+from pretrain.training.attempt import VARIABLE, Attempt, agree_on_attempt
 from pretrain.training.interface import interface_towards
 from pretrain.training.run_lock import run_lock
 
@@ -52,8 +52,10 @@ class StopRequest:
         return self.signal_name is not None
 
 
-def join_ranks() -> tuple[int, int, "torch.device"]:
+def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:
     """Meet the other ranks, by the variables that torchrun, Slurm scripts and our own launcher set.
+
+    What waits for another rank for longer than `timeout_s` fails: here, and in every collective.
 
     Returns:
         Rank, world size, and the device of this rank.
@@ -74,12 +76,12 @@ def join_ranks() -> tuple[int, int, "torch.device"]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     return rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
 @contextmanager
-def hold_run(run_folder: Path, rank: int) -> Iterator[None]:
+def hold_run(run_folder: Path, rank: int) -> Iterator[Attempt]:
     """Where no launcher of ours has locked the run (torchrun, Slurm): rank 0 locks it and takes the attempt.
 
     From then on each rank's output goes to the attempt's log in the run folder; what comes before is where the ranks
@@ -89,7 +91,7 @@ def hold_run(run_folder: Path, rank: int) -> Iterator[None]:
         UserError: on every rank, if the run is being trained already.
     """
     if VARIABLE in os.environ:
-        yield
+        yield agree_on_attempt(run_folder)
         return
     import torch.distributed as dist
 
@@ -106,7 +108,7 @@ def hold_run(run_folder: Path, rank: int) -> Iterator[None]:
         attempt = agree_on_attempt(run_folder)
         os.environ[VARIABLE] = str(attempt.number)
         _send_output_to(attempt.log(rank))
-        yield
+        yield attempt
 
 
 def _send_output_to(log: Path) -> None:
