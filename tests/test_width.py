@@ -1,15 +1,15 @@
 """The coordinate check: how far a few steps move a model, over widths."""
 
-import math
 
 import pytest
 import torch
 
 from benchmarks.width import KINDS, WIDTHS, draw, movement, slopes
+from pretrain.training.processes import StopRequest
 from pretrain.training.run_folder import open_run_folder
 from pretrain.training.trainer import Trainer
 from tests.ranks import run_on_ranks
-from tests.training.test_training import STAGES, StopAfter, curve
+from tests.training.test_training import STAGES, curve
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def train_each(rank, configs):
     """Exit code, and the largest learning rate of a group over the smallest, at the end of each run."""
     results = []
     for config in configs:
-        trainer = Trainer(config, rank, 2, torch.device("cpu"), StopAfter(rank, math.inf))
+        trainer = Trainer(config, rank, 2, torch.device("cpu"), StopRequest())
         code = trainer.train()
         rates = [group["lr"] for group in trainer.engine.zero.param_groups]
         results.append((code, max(rates) / min(rates)))
