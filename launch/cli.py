@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import config, data, evaluate, model, runs, train
+from launch.commands import checkpoint, compare, config, data, evaluate, model, plan, runs, submit, sweep, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import redact
@@ -26,9 +26,18 @@ app = typer.Typer(
 )
 app.command()(train.quickstart)
 app.command()(train.train)
+app.command()(submit.submit)
 app.command()(runs.runs)
+app.command()(plan.plan)
+app.command()(compare.compare)
+app.command()(runs.logs)
+app.command()(runs.cancel)
+app.command()(runs.resume)
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.command("export-weights")(checkpoint.export_weights)
 app.add_typer(config.app, name="config")
 app.add_typer(model.app, name="model")
 

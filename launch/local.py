@@ -193,7 +193,10 @@ def stop_requests() -> Iterator[StopRequests]:
 class Supervisor:
     """Watches ranks until all have ended, and decides what their end means."""
 
-    def __init__(self, ranks: Sequence[Rank], requests: StopRequests, display: Display, attempt: Attempt) -> None:
+    def __init__(
+        self, ranks: Sequence[Rank], requests: StopRequests, display: Display, attempt: Attempt | None = None
+    ) -> None:
+        """`attempt` is the one that the ranks' watchdogs may end; None for ranks that have none."""
         self._ranks, self._requests, self._display, self._attempt = ranks, requests, display, attempt
         self._deadline = float("inf")
         self._stopping = False
@@ -226,7 +229,7 @@ class Supervisor:
         elif any(rank.exit_code == -signal.SIGTERM for rank in ended):
             # It ended before it could handle the signal, so there is nothing to save and the others wait in vain.
             self._end_within(FAILURE_GRACE_S)
-        elif end_of(self._attempt) is not None:
+        elif self._ended_by_watchdog():
             # By the watchdog, because of a rank that will not end by itself.
             self._end_within(FAILURE_GRACE_S)
         else:
@@ -258,13 +261,16 @@ class Supervisor:
     def _ended_early(self) -> bool:
         return self._stopping and any(rank.exit_code == -signal.SIGTERM for rank in self._ranks)
 
+    def _ended_by_watchdog(self) -> bool:
+        return self._attempt is not None and end_of(self._attempt) is not None
+
     def _exit_code(self) -> int:
         codes = {rank.exit_code for rank in self._ranks}
         if self.failed:
             return next((code for code in TELLING for rank in self.failed if rank.exit_code == code), EXIT_FAILED)
         if codes == {EXIT_DONE}:
             return EXIT_DONE
-        if end_of(self._attempt) is not None and not self._requests.at_once:
+        if self._ended_by_watchdog() and not self._requests.at_once:
             return EXIT_RESUME_ME
         if self._requests.at_once or (self._killed and not self._ended_early()):
             return EXIT_FAILED

@@ -1,18 +1,17 @@
 """One training from end to end: corpus, run folder, ranks, context report. What `train` and `quickstart` share."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from launch.display import StageProgress, make_display, say
+from launch.evaluate import evaluate_context
 from launch.local import launch_local, num_gpus
-from launch.tables import fitting_table
 from pretrain.config import CorpusConfig, RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
 from pretrain.redaction import redact
-from pretrain.status import Status, read_status
+from pretrain.status import read_status
 
 
 def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
@@ -87,6 +86,9 @@ def train(
     Returns:
         The exit code; see `launch_local`.
     """
+    from launch.submit import refuse_if_queued
+
+    refuse_if_queued(config.run_folder)
     manifest = ensure_corpus(config.corpus, console)
     from pretrain.training.run_folder import open_run_folder
     from pretrain.training.run_lock import run_lock
@@ -94,7 +96,7 @@ def train(
     with run_lock(config.run_folder):
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
-        if _is_complete(config, read_status(config.run_folder)):
+        if is_complete(config):
             say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
         else:
             where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
@@ -104,43 +106,16 @@ def train(
                 return exit_code
         if evaluate:
             try:
-                evaluate_context(config.run_folder, console)
+                evaluate_context(config.run_folder, console, num_ranks=num_ranks if num_gpus() else 1)
             except UserError as error:
                 raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
     return EXIT_DONE
 
 
-def _is_complete(config: RunConfig, status: Status | None) -> bool:
+def is_complete(config: RunConfig) -> bool:
     """Whether the run has seen all its tokens, and its last checkpoint is still there."""
+    status = read_status(config.run_folder)
     if status is None or status.state != "done" or status.checkpoint is None:
         return False
     here = (config.run_folder / "checkpoints" / status.checkpoint).is_dir()
     return here and status.tokens >= config.training.tokens
-
-
-def evaluate_context(
-    run_folder: Path, console: Console, *, step: int | None = None, overrides: Sequence[str] = ()
-) -> None:
-    """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
-
-    `step` and `overrides` are those of `evaluate_run`.
-    """
-    from pretrain.evaluation.context import evaluate_run
-    from pretrain.evaluation.report import COLUMNS, headline, table_rows, write_report
-
-    with StageProgress(console) as progress:
-        report = evaluate_run(
-            run_folder, step, overrides, lambda _, done, total: progress.report("context lengths", done, total)
-        )
-    folder = write_report(run_folder, report)
-    title = f"Context extension of {report.run}, step {report.step}"
-    console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
-    say(console, headline(report), "bold")
-    for multiple, why in report.skipped.items():
-        say(console, f"{multiple}x was not measured: {why}")
-    say(
-        console,
-        f"Loss in nats per masked token; token frequencies alone cost {report.unigram_loss:.3f} on these tokens "
-        f"(unigram entropy {report.unigram_entropy:.3f}).",
-    )
-    say(console, f"report: {folder / 'report.md'}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.errors import EXIT_FAILED, UserError
 from pretrain.training.attempt import VARIABLE, Attempt, agree_on_attempt
+from pretrain.training.interface import interface_towards
 from pretrain.training.run_lock import run_lock
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    master = os.environ.get("MASTER_ADDR")
+    if master and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(master)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)

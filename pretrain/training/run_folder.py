@@ -15,7 +15,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
 from pretrain.redaction import HIDDEN, redact
-from pretrain.training.checkpoint import list_checkpoints, load_state
+from pretrain.training.checkpoint import newest_state
 
 CONFIG = "config.yaml"
 CORPUS_URL = "DIPTYCH_CORPUS_URL"
@@ -74,9 +74,8 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if checkpoints:
-        state = load_state(checkpoints[-1])
+    state = newest_state(folder / "checkpoints")
+    if state is not None:
         if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
             raise UserError(
                 f"{folder} was trained on another corpus than {config.corpus.path} is now (its fingerprint differs); "

@@ -88,6 +88,15 @@ def run_lock(run_folder: Path) -> Iterator[None]:
                 file.truncate(0)  # a clean end: the next start need not watch it
 
 
+def holder_of(run_folder: Path) -> Holder | None:
+    """Who has written itself into a run's lock, alive or not; None where the last one ended cleanly."""
+    try:
+        with lock_path(run_folder).open("r") as file:
+            return _holder(file)
+    except OSError:
+        return None
+
+
 def is_held(run_folder: Path) -> bool:
     """Whether some process holds the run; one on another machine is watched for up to `OBSERVE_S`."""
     path = lock_path(run_folder)

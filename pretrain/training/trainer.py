@@ -18,19 +18,14 @@ from pretrain.data.stream import StreamState
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.training.attempt import agree_on_attempt
-from pretrain.training.checkpoint import (
-    TrainingState,
-    agree_on_checkpoint,
-    load_checkpoint,
-    load_state,
-    prune_checkpoints,
-    remove_leftovers,
-    save_checkpoint,
-)
-from pretrain.training.engine import Engine, barrier
+from pretrain.training.checkpoint import TrainingState, load_state, remove_leftovers
+from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
+from pretrain.training.checkpoint_save import CheckpointSaver
+from pretrain.training.engine import Engine
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.guards import Guard
 from pretrain.training.metrics import Metrics, StepRecord, Stopwatch, Straggler
+from pretrain.training.mock_step import mock_step
 from pretrain.training.processes import StopRequest
 from pretrain.training.report import Report
 from pretrain.training.run_folder import write_environment
@@ -65,6 +60,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = MaskedLanguageModel(config.model, vocab_size)
         self.engine = Engine(model, config, world_size, device)
+        mock_step(self.engine, config, vocab_size, world_size)
         self.report.status.precision = self.engine.precision
         self._phase, self._is_cold = 0, True
         self.state = self._resume()
@@ -117,6 +113,7 @@ class Trainer:
             step = self.state.step
             if step % config.log_every == 0:
                 self._log()
+            self._report_saves()
             if step % config.validate_every == 0:
                 self._validate()
             if step % self.config.checkpoint.every == 0:
@@ -128,7 +125,7 @@ class Trainer:
         at_end = self._validation_is_due or self.state.step % config.validate_every
         if at_end and not self._validate():
             return self._stop(steps)
-        self._save()
+        self._save(last=True)
         self._close("done", steps)
         return EXIT_DONE
 
@@ -158,13 +155,22 @@ class Trainer:
         """The state to go on from: that of the newest valid checkpoint, or the beginning."""
         if self.rank == 0:
             remove_leftovers(self.checkpoints)
-        path, warnings = agree_on_checkpoint(self.checkpoints)
+        path, warnings = agree_on_checkpoint(self.checkpoints, strict=self.config.checkpoint.strict)
         for warning in warnings:
             self.report.event(warning)
         streams = self.config.data.streams
+        self.saver = CheckpointSaver(
+            self.checkpoints,
+            self.engine,
+            self.config.checkpoint,
+            own_streams=range(self.rank, streams, self.world_size),
+            guard=self.attempt.check,
+            damaged=newer_than(path) if path else (),
+        )
         if path is None:
             return TrainingState(0, 0, 0, StreamState.start(streams), self.manifest.fingerprint)
         state = load_checkpoint(path, self.engine)
+        self.report.status.checkpoint = path.name
         self.report.event(f"resumed from {path.name}: {state.tokens_seen:,} tokens seen")
         if state.fingerprint != self.manifest.fingerprint or len(state.stream.visits) != streams:
             self.report.event("the corpus or its streams were changed: rows start over")
@@ -268,6 +274,8 @@ class Trainer:
         if self.config.training.spikes == "rollback" and self._rollbacks < MAX_ROLLBACKS and self._roll_back():
             return
         self._log()
+        self.saver.wait()
+        self._report_saves()
         raise FloatingPointError(
             f"{guard.skipped_in_a_row} steps in a row were skipped, the last one because {guard.reason}; weights and "
             "the last checkpoint are those before them. Lower optimizer.learning_rate, use training.precision=fp32, "
@@ -279,7 +287,9 @@ class Trainer:
 
         Not across the beginning of a phase, whose rows are others.
         """
-        path, warnings = agree_on_checkpoint(self.checkpoints)
+        self.saver.wait()
+        self._report_saves()
+        path, warnings = agree_on_checkpoint(self.checkpoints, strict=self.config.checkpoint.strict)
         for warning in warnings:
             self.report.event(warning)
         if path is None or self.run.phase_at(load_state(path).tokens_seen) != self._phase:
@@ -332,28 +342,40 @@ class Trainer:
         self.stopwatch.lap()
         return True
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
+        """Save; the last one of a run is on the disk when this returns."""
         self._log()
         if self.state.step == self._saved_step:
             return  # it is there already, and is not to be written over
         self._note("saving", patient=True)
         self.attempt.check_together()
         self._progress("saving")
-        own_streams = range(self.rank, self.config.data.streams, self.world_size)
-        path = save_checkpoint(self.checkpoints, self.engine, self.state, list(own_streams))
-        if self.rank == 0:
-            prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-        barrier()
-        self._saved_step, self._rollbacks = self.state.step, 0
-        self.report.status.checkpoint = path.name
-        self.report.event(f"saved {path.name}")
+        self.saver.save(self.state, at_once=last)
+        error = self._report_saves()
+        if last and error is not None:
+            raise OSError(f"the run ends without its last steps: {error}")
         self._progress("training")
         self.stopwatch.lap()
+
+    def _report_saves(self) -> str | None:
+        """Say which saves have ended, in the background too; returns what the last of them failed of, if it did."""
+        error = None
+        for result in self.saver.finished():
+            error = result.error
+            if error is None:
+                self._saved_step, self._rollbacks = int(result.name.removeprefix("step-")), 0
+                self.report.status.checkpoint = result.name
+                self.report.event(f"saved {result.name}")
+            else:
+                self.report.event(f"{result.name} could not be saved ({error}); earlier checkpoints are intact")
+            if result.note:
+                self.report.event(result.note)
+        return error
 
     def _stop(self, steps: Iterator[StepRows]) -> int:
         """Somebody asked to stop: save, and ask to be resumed."""
         self.report.event(f"stopping at step {self.state.step} on {self.stop_request.signal_name or 'request'}")
-        self._save()
+        self._save(last=True)
         self._close("interrupted", steps)
         return EXIT_RESUME_ME
 

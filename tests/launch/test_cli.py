@@ -51,9 +51,8 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     result = diptych("--help", cwd=here)
     seconds = time.monotonic() - started
     assert result.returncode == 0
-    assert all(
-        f" {name} " in result.stdout for name in ("quickstart", "train", "data", "evaluate", "runs", "model", "config")
-    )
+    names = ("quickstart", "train", "submit", "sweep", "runs", "data", "evaluate", "model", "plan", "config")
+    assert all(f" {name} " in result.stdout for name in names)
     profile = diptych("--help", cwd=here, PYTHONPROFILEIMPORTTIME="1").stderr
     imported = {line.rpartition("|")[2].strip() for line in profile.splitlines()}
     assert "typer" in imported
@@ -71,8 +70,20 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
         "data show",
         "evaluate context",
         "runs",
+        "submit",
+        "logs",
+        "cancel",
+        "resume",
+        "sweep run",
+        "sweep show",
         "evaluate probe argmax",
         "model show",
+        "checkpoint list",
+        "checkpoint show",
+        "checkpoint verify",
+        "checkpoint prune",
+        "export-weights",
+        "plan",
         "config show",
         "config schema",
     ],

@@ -35,7 +35,7 @@ def road(config, monkeypatch):
         calls.append("launch")
         return parts.exit_code
 
-    def evaluate(*_: object) -> None:
+    def evaluate(*_: object, **__: object) -> None:
         calls.append("evaluate")
 
     monkeypatch.setitem(sys.modules, "pretrain.training.run_folder", SimpleNamespace(open_run_folder=open_run_folder))
@@ -82,7 +82,7 @@ def test_a_training_that_has_more_to_do_is_launched(road, config, change):
 
 
 def test_a_failed_evaluation_says_that_the_training_is_done(road, monkeypatch):
-    def evaluate(*_: object) -> None:
+    def evaluate(*_: object, **__: object) -> None:
         raise UserError("no document is long enough")
 
     monkeypatch.setattr(train, "evaluate_context", evaluate)

@@ -1,30 +1,22 @@
 """Whole trainings on real gloo ranks, small enough to be fast."""
 
-import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pretrain.config import to_yaml
-from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.status import read_status
 from pretrain.training.checkpoint import (
     list_checkpoints,
     load_state,
     load_weights,
-    newest_valid_checkpoint,
-    prune_checkpoints,
-    verify_checkpoint,
 )
 from pretrain.training.fragments import fragments
 from pretrain.training.metrics import read_metrics
 from pretrain.training.run_folder import open_run_folder
 from pretrain.training.trainer import Trainer
-from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 
 STAGES = ("none", "optimizer", "gradients", "full")
@@ -244,74 +236,6 @@ def test_the_loss_is_a_sum_over_masked_tokens_whatever_the_micro_batches_and_ran
         for _, loss, norm, _ in step[1:]:
             assert loss == pytest.approx(step[0][1], rel=1e-5)
             assert norm == pytest.approx(step[0][2], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def trained_once(corpus_values, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    config = tiny_run(
-        corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
-    )
-    open_run_folder(config, load_manifest(config.corpus.path))
-    run_on_ranks(train, 1, folder / "ranks", config, 1)
-    return config
-
-
-@pytest.fixture
-def finished(trained_once, make_config):
-    """A finished run in a folder of this test."""
-    config = make_config(training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3})
-    shutil.copytree(trained_once.run_folder, config.run_folder)
-    (config.run_folder / "config.yaml").write_text(to_yaml(config))
-    return config
-
-
-def test_any_damage_to_a_checkpoint_is_seen_and_the_newest_whole_one_is_taken(finished):
-    folder = finished.run_folder / "checkpoints"
-    good, bad = list_checkpoints(folder)[-2:]
-    pristine = bad.parent / "pristine"
-    shutil.copytree(bad, pristine)
-    assert verify_checkpoint(bad) == []
-    for file in sorted(p.name for p in bad.iterdir()):
-        for damage in ("flip", "cut", "remove", "swap"):
-            victim = bad / file
-            content = bytearray(victim.read_bytes())
-            if damage == "swap" and content == (good / file).read_bytes():
-                continue  # the index does not depend on the step
-            if damage == "flip":
-                content[len(content) // 3] ^= 4
-                victim.write_bytes(content)
-            elif damage == "cut":
-                victim.write_bytes(content[:-1])
-            elif damage == "remove":
-                victim.unlink()
-            else:
-                shutil.copy(good / file, victim)
-            assert verify_checkpoint(bad), (file, damage)
-            path, warnings = newest_valid_checkpoint(folder)
-            assert path == good
-            assert all("damaged" in warning for warning in warnings)
-            shutil.rmtree(bad)
-            shutil.copytree(pristine, bad)
-    shutil.rmtree(pristine)
-
-
-def test_the_last_checkpoints_and_every_nth_are_kept(finished, tmp_path):
-    folder = tmp_path / "kept"
-    for step in range(1, 9):
-        (folder / f"step-{step:08d}").mkdir(parents=True)
-        (folder / f"step-{step:08d}" / "MANIFEST.json").write_text("{}")
-    prune_checkpoints(folder, keep_last=2, keep_every=3)
-    assert [int(p.name[5:]) for p in list_checkpoints(folder)] == [3, 6, 7, 8]
-    assert len(list_checkpoints(finished.run_folder / "checkpoints")) == 3
-
-
-def test_checkpoints_hold_no_pickle_and_weights_and_moments_once(finished):
-    path = list_checkpoints(finished.run_folder / "checkpoints")[-1]
-    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
-    numel = sum(math.prod(s) for s in json.loads((path / "index.json").read_bytes())["shapes"].values())
-    stored = sum(p.stat().st_size for p in path.glob("*.safetensors"))
-    assert 3 * 4 * numel <= stored < 3 * 4 * numel + 20_000
 
 
 @pytest.mark.usefixtures("finished")
