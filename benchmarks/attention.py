@@ -316,7 +316,7 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.set_xlabel("length in tokens")
         times.set(yscale="log", ylabel="ms", title=f"{curve}: forward + backward")
         ratios.set(ylabel=f"time / time of {of_curve[0].reference}", ylim=(0, None), title="the same, as ratios")
-        times.legend(fontsize=8)
+        times.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
 
 
