@@ -34,8 +34,9 @@ class Sizes:
     rounds: int = 5
     heads: int = 8
     width: int = 32
-    """Of a logical head."""
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    """Of the heads that the others are compared with. Dual-triangle attention is measured in both readings of `the
+    same width`: as many logical heads of this width, or sub-heads of this width, from half as many heads."""
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
     target_length: int = 4096
     flex_length: int = 2048
     window: int = 128
@@ -99,41 +100,53 @@ def flex_forward(heads: int, length: int, device: str) -> Callable[..., Tensor]:
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
+def readings(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Both readings of `the same width`, by name: logical heads and their width."""
+    shapes = ((sizes.heads // 2, 2 * sizes.width), (sizes.heads, sizes.width))
+    return {f"{n} heads of {d} = {2 * n} sub-heads of {d // 2}": (n, d) for n, d in shapes}
+
+
 def sweep(sizes: Sizes) -> Iterator[Row]:
     """Forward and backward at each length."""
+    window = sizes.window
     for length in sizes.lengths:
         layout = layout_of([[length]], length)
-        inputs = random_qkv((1, length, sizes.heads, sizes.width), "cpu", torch.float32)
-        kinds = {kind: partial(attention, layout=layout, kind=kind) for kind in ("dual_triangle", "bidirectional")}
-        kinds["causal"] = partial(attention, layout=layout, kind="causal")
-        kinds["windowed"] = partial(attention, layout=layout, kind="dual_triangle", window=sizes.window)
-        seconds = paired({name: forward_backward(call, inputs) for name, call in kinds.items()}, sizes.rounds)
-        point = Row(f"cpu, forward+backward, L={length}", "", "bidirectional", TIME, curve="cpu", length=length)
-        dual, causal = replace(point, subject="dual-triangle"), replace(point, subject="causal")
-        if length == sizes.target_length:
-            dual = replace(dual, sense="at most", target=0.65)
-        windowed = replace(point, subject=f"windowed, W={sizes.window}")
-        if length == sizes.window_length:
-            windowed = replace(windowed, sense="at most", target=0.15)
-        for planned, subject in ((dual, "dual_triangle"), (causal, "causal"), (windowed, "windowed")):
-            yield compare(planned, seconds[subject], seconds["bidirectional"])
+        calls = {}
+        for kind in ("bidirectional", "causal"):
+            inputs = random_qkv((1, length, sizes.heads, sizes.width), "cpu", torch.float32)
+            calls[kind] = forward_backward(partial(attention, layout=layout, kind=kind), inputs)
+        for name, shape in readings(sizes).items():
+            inputs = random_qkv((1, length, *shape), "cpu", torch.float32)
+            dual = partial(attention, layout=layout, kind="dual_triangle")
+            calls[f"dual-triangle, {name}"] = forward_backward(dual, inputs)
+            calls[f"windowed, W={window}, {name}"] = forward_backward(partial(dual, window=window), inputs)
+        seconds = paired(calls, sizes.rounds)
+        reference = f"bidirectional, {sizes.heads} heads of {sizes.width}"
+        point = Row(f"cpu, forward+backward, L={length}", "", reference, TIME, curve="cpu", length=length)
+        for name in calls:
+            planned = replace(point, subject=name)
+            if name.startswith("dual") and length == sizes.target_length:
+                planned = replace(planned, sense="at most", target=0.65)
+            if name.startswith("windowed") and length == sizes.window_length:
+                planned = replace(planned, sense="at most", target=0.15)
+            if name != "bidirectional":
+                yield compare(planned, seconds[name], seconds["bidirectional"])
 
 
-def against_flex(sizes: Sizes) -> Row:
+def against_flex(sizes: Sizes) -> Iterator[Row]:
     """Forward only: on the CPU flex_attention has no backward pass."""
     length = sizes.flex_length
     layout = layout_of([[length]], length)
-    inputs = [x.detach() for x in random_qkv((1, length, sizes.heads, sizes.width), "cpu", torch.float32)]
-    flex = flex_forward(sizes.heads, length, "cpu")
-    with torch.inference_mode():
-        ours = attention(*inputs, layout, "dual_triangle")
-        torch.testing.assert_close(ours, flex(*inputs), rtol=1e-4, atol=1e-4)
-        seconds = paired(
-            {"ours": lambda: attention(*inputs, layout, "dual_triangle"), "flex": lambda: flex(*inputs)},
-            2 * sizes.rounds,
-        )
-    planned = Row(f"cpu, forward, L={length}", "dual-triangle", "compiled flex_attention", SPEEDUP, "at least", 2.5)
-    return compare(planned, seconds["ours"], seconds["flex"], speedup=True)
+    for name, (heads, width) in readings(sizes).items():
+        inputs = [x.detach() for x in random_qkv((1, length, heads, width), "cpu", torch.float32)]
+        flex = flex_forward(heads, length, "cpu")
+        dual = partial(attention, *inputs, layout, "dual_triangle")
+        with torch.inference_mode():
+            torch.testing.assert_close(dual(), flex(*inputs), rtol=1e-4, atol=1e-4)
+            seconds = paired({"dual": dual, "flex": partial(flex, *inputs)}, 2 * sizes.rounds)
+        subject = f"dual-triangle, {name}"
+        planned = Row(f"cpu, forward, L={length}", subject, "compiled flex_attention", SPEEDUP, "at least", 2.5)
+        yield compare(planned, seconds["dual"], seconds["flex"], speedup=True)
 
 
 def linearity(sizes: Sizes) -> Iterator[Row]:
@@ -207,9 +220,9 @@ def layout_share(sizes: Sizes) -> Row:
 # -------------------------------------------------------------------------------------------------------------- CUDA
 
 
-def cuda_rows(hidden: int, length: int) -> list[Row]:
+def cuda_rows(hidden: int, length: int, sub_head: int) -> list[Row]:
     """The three comparisons at a width and a length, not measured yet."""
-    curve = f"cuda, bf16, hidden {hidden}"
+    curve = f"cuda, bf16, hidden {hidden}, sub-heads of {sub_head}"
     name = f"{curve}, forward+backward, L={length}"
     point = Row(name, "dual-triangle", "", SPEEDUP, curve=curve, length=length)
     return [
@@ -243,7 +256,7 @@ def measure_cuda(sizes: Sizes, hidden: int, length: int) -> list[Row]:
         calls[name]()
         torch.cuda.synchronize()
         peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    flash, flex, memory = cuda_rows(hidden, length)
+    flash, flex, memory = cuda_rows(hidden, length, sizes.cuda_sub_head)
     ratio = peaks["dual"] / peaks["flash"]
     memory = replace(memory, subject_value=peaks["dual"], reference_value=peaks["flash"])
     return [
@@ -260,10 +273,10 @@ def measure(sizes: Sizes, devices: set[str], report: Callable[[str], None] = lam
     """Every row, those of devices that are not among `devices` unmeasured."""
     rows: list[Row] = []
     if "cpu" in devices:
-        for part in (sweep, linearity):
+        for part in (sweep, linearity, against_flex):
             report(part.__name__)
             rows.extend(part(sizes))
-        for single in (against_flex, packed, layout_share):
+        for single in (packed, layout_share):
             report(single.__name__)
             rows.append(single(sizes))
     for hidden in sizes.cuda_hidden:
@@ -272,7 +285,9 @@ def measure(sizes: Sizes, devices: set[str], report: Callable[[str], None] = lam
             if "cuda" in devices:
                 rows.extend(measure_cuda(sizes, hidden, length))
             else:
-                rows.extend(replace(row, unmeasured="no GPU here") for row in cuda_rows(hidden, length))
+                rows.extend(
+                    replace(row, unmeasured="no GPU here") for row in cuda_rows(hidden, length, sizes.cuda_sub_head)
+                )
     return rows
 
 
@@ -301,7 +316,7 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.set_xlabel("length in tokens")
         times.set(yscale="log", ylabel="ms", title=f"{curve}: forward + backward")
         ratios.set(ylabel=f"time / time of {of_curve[0].reference}", ylim=(0, None), title="the same, as ratios")
-        times.legend(fontsize=8)
+        times.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
 
 

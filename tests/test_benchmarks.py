@@ -61,13 +61,18 @@ def test_every_row_of_the_attention_benchmark_is_in_its_results(plain_flex, tmp_
     saved = json.loads((folder / "attention-cpu.json").read_text())
     named = {(row["name"], row["subject"], row["reference"]): row for row in saved["rows"]}
     for length in (64, 128):
-        for subject in ("dual-triangle", "causal", "windowed, W=16"):
-            assert named[f"cpu, forward+backward, L={length}", subject, "bidirectional"]["ratio"] > 0
+        for reading in ("1 heads of 16 = 2 sub-heads of 8", "2 heads of 8 = 4 sub-heads of 4"):
+            for subject in (f"dual-triangle, {reading}", f"windowed, W=16, {reading}", "causal"):
+                row = named[f"cpu, forward+backward, L={length}", subject, "bidirectional, 2 heads of 8"]
+                assert row["ratio"] > 0
     targets = [(row["sense"], row["target"]) for row in saved["rows"] if row["target"] and row["ratio"]]
     assert sorted(targets) == [
         ("at least", 2.5),
+        ("at least", 2.5),
         ("at most", 0.02),
         ("at most", 0.15),
+        ("at most", 0.15),
+        ("at most", 0.65),
         ("at most", 0.65),
         ("at most", 1.0),
         ("at most", 1.25),

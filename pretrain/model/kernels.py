@@ -1,8 +1,9 @@
 """The kernels behind `attention`: how scores are computed, for q, k, v [B, L, H, D] whose checks are done already.
 
 `sdpa` runs anywhere on scaled_dot_product_attention: causal calls where a row is one document, documents unpacked
-into rectangles where rows are packed, and blocks of queries over neighbouring blocks of keys where a window limits
-the span. `varlen` is flash attention over the documents of packed rows, `dense` the reference. flex.py has the fourth.
+into rectangles where rows are packed, blocks of queries over neighbouring blocks of keys where a window limits the
+span, and masks for short rows on the CPU. `varlen` is flash attention over the documents of packed rows, `dense` the
+reference. flex.py has the fourth.
 
 A triangle is `past` (j <= i) or `future` (j >= i); `both` is no triangle. Outputs in padding are anything finite.
 """
@@ -24,6 +25,9 @@ TRIANGLES: dict[Kind, tuple[Triangle, ...]] = {
     "bidirectional": ("both",),
     "causal": ("past",),
 }
+_SHORT_ROW = 256
+"""On the CPU, rows up to this length are masked rather than re-indexed: below two blocks of keys, causal flash
+attention computes all scores anyway."""
 _SMALLEST_BLOCK = 64
 """Windows below this are computed in blocks of this many queries: smaller ones spend their time in calls."""
 
@@ -44,7 +48,15 @@ def reverse(x: Tensor, layout: AttentionLayout) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
-    """Attention by scaled_dot_product_attention, on any device."""
+    """Attention by scaled_dot_product_attention, on any device.
+
+    On the CPU in float32 or wider: torch's flash attention there takes two to four times as long in half precision.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", enabled=False):
+            return sdpa(q.float(), k.float(), v.float(), layout, kind, window).to(q.dtype)
+    if q.device.type == "cpu" and q.shape[1] <= _SHORT_ROW:
+        return _short_rows(q, k, v, layout, kind, window)
     if window is not None:
         attend: Callable[..., Tensor] = partial(_windowed, window=window)
     else:
@@ -52,6 +64,35 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, w
     parts = zip(*(split_heads(x, kind) for x in (q, k, v)), TRIANGLES[kind], strict=True)
     outputs = [attend(*part[:3], layout, part[3]) for part in parts]
     return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+
+def _short_rows(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
+    """On the CPU: a mask instead of moving anything."""
+    alike, dual = layout.one_document_per_row and not layout.padded, kind == "dual_triangle"
+    if alike and not dual and window is None:
+        return _call(q, k, v, causal=kind == "causal")
+    key = ("short", kind, window, q.dtype)
+    masks = layout.once(key, lambda: _short_masks(layout, kind, window, q.dtype))
+    if alike and dual:
+        n = q.shape[2]
+        mask = layout.once((*key, n), lambda: masks[:, 0, 0].repeat(n, 1, 1)[None])
+        q, k, v = (x.unflatten(-1, (2, -1)).flatten(2, 3) for x in (q, k, v))
+        return _call(q, k, v, mask=mask).unflatten(2, (n, 2)).flatten(-2)
+    parts = zip(*(split_heads(x, kind) for x in (q, k, v)), masks, strict=True)
+    return torch.cat([_call(part[0], part[1], part[2], mask=part[3]) for part in parts], dim=-1)
+
+
+def _short_masks(layout: AttentionLayout, kind: Kind, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, 0 or -inf, [triangles, B, 1, L, L]; B is 1 where all rows are one full document.
+
+    Padding attends to itself, so that no softmax is over nothing.
+    """
+    documents = layout.document_ids
+    if layout.one_document_per_row and not layout.padded:
+        documents = documents[:1]
+    itself = torch.eye(documents.shape[1], dtype=torch.bool, device=documents.device)
+    zero = torch.zeros((), dtype=dtype, device=documents.device)
+    return torch.where(_pairs(documents, kind, window) | itself, zero, -torch.inf)
 
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Triangle) -> Tensor:
@@ -170,7 +211,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind,
 
 def allowed_pairs(layout: AttentionLayout, kind: Kind, window: int | None = None) -> Tensor:
     """bool [M, B, 1, L, L]: may query i (fourth axis) attend to key j (last axis)? M = 2 (lower, upper) or 1."""
-    documents = layout.document_ids
+    return _pairs(layout.document_ids, kind, window)
+
+
+def _pairs(documents: Tensor, kind: Kind, window: int | None) -> Tensor:
     same = (documents[:, :, None] == documents[:, None, :]) & (documents != 0)[:, :, None]
     columns = torch.arange(documents.shape[1], device=documents.device)
     ahead = columns - columns[:, None]

@@ -5,7 +5,7 @@ A scaling changes frequencies only, never a weight: it is set at evaluation, or 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,15 +82,40 @@ def rotary_table(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) 
         scale: see `attention_sharpness`.
 
     Returns:
-        Two float32 tensors [B, L, 1, D/2]: the singleton axis stands for the heads.
+        float32: cosines [B, L, 1, D], those of pair i at i and at i + D/2, and sines [B, L, 1, D/2]. The singleton
+        axis stands for the heads.
     """
     angles = (position_ids[..., None].float() * frequencies)[:, :, None, :]
-    return (angles.cos(), angles.sin()) if scale == 1 else (angles.cos() * scale, angles.sin() * scale)
+    cos, sin = angles.cos(), angles.sin()
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
+    return torch.cat((cos, cos), dim=-1), sin
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (i, i + D/2) of `x` [B, L, H, D] by the angles of `table`; computed in float32 or wider."""
-    cos, sin = table
     wide = torch.promote_types(x.dtype, torch.float32)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    cos, sin = (t.to(wide) for t in table)
+    return _Rotation.apply(x.to(wide), cos, sin).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """Three passes over memory each way, where autograd of the formula needs seven forward and as many backward."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rotated = x * cos
+        first, second = x.chunk(2, dim=-1)
+        rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+        rotated_first.addcmul_(second, sin, value=-1)
+        rotated_second.addcmul_(first, sin)
+        return rotated
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotation.apply(gradient, cos, -sin), None, None

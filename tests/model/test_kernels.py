@@ -49,18 +49,29 @@ def flash_attention_on_cpu(patch):
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
 
 
+@pytest.fixture(params=["masked", "re-indexed"])
+def short_rows(request, monkeypatch):
+    """Both ways of the sdpa kernel on rows that are short enough to be masked on the CPU."""
+    if request.param == "re-indexed":
+        monkeypatch.setattr(kernels, "_SHORT_ROW", 0)
+
+
 def assert_equal(ours, reference, atol=1e-11):
     for one, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows=packed_rows(), kind=st.sampled_from(KINDS), window=WINDOWS)
-def test_sdpa_equals_dense_in_values_and_gradients_on_any_rows(rows, kind, window):
+@settings(max_examples=60, deadline=None)
+@given(rows=packed_rows(), kind=st.sampled_from(KINDS), window=WINDOWS, masked=st.booleans())
+def test_sdpa_equals_dense_in_values_and_gradients_on_any_rows(rows, kind, window, masked):
+    """Short rows both as they are computed on the CPU, masked, and re-indexed like long ones."""
     layout = layout_of(*rows[0], length=rows[1])
     inputs = random_qkv(layout)
-    results = (values_and_gradients(inputs, layout, kind, kernel, window) for kernel in ("sdpa", "dense"))
-    assert_equal(*results)
+    with pytest.MonkeyPatch.context() as patch:
+        if not masked:
+            patch.setattr(kernels, "_SHORT_ROW", 0)
+        ours = values_and_gradients(inputs, layout, kind, "sdpa", window)
+    assert_equal(ours, values_and_gradients(inputs, layout, kind, "dense", window))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,6 +82,7 @@ def test_sdpa_equals_dense_over_several_blocks_and_buckets(kind, window):
     assert_equal(*(values_and_gradients(inputs, layout, kind, kernel, window) for kernel in ("sdpa", "dense")))
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("kind", KINDS)
 def test_sdpa_equals_dense_where_documents_of_one_length_fill_the_rows(kind):
     layout = layout_of([40, 40], [40, 40], length=80)
@@ -114,6 +126,7 @@ def test_varlen_around_its_flash_attention_equals_dense_on_any_rows(rows, kind, 
     assert_equal(ours, values_and_gradients(inputs, layout, kind, "dense", window))
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 3])
@@ -136,6 +149,7 @@ def test_no_information_crosses_documents_and_triangles_keep_their_side(kernel, 
         assert torch.equal(influence, same & near & side)
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("kernel", ["sdpa", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 2])
@@ -153,6 +167,7 @@ def test_the_jacobian_between_documents_is_zero(kernel, kind, window):
         assert between[3:7, 3:7].any()
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 4])
@@ -169,6 +184,7 @@ def test_packed_rows_give_what_each_document_gives_alone(kernel, kind, window):
         start += n
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 2])
@@ -186,6 +202,7 @@ def test_rows_of_padding_give_zeros_and_finite_gradients(kernel, kind, window, r
         assert not result[layout.document_ids == 0].any()
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("lengths", "window"), [([96], None), ([40, 33, 20], None), ([96], 16)])
 def test_bf16_is_within_one_percent_of_float64(kind, lengths, window):
@@ -233,7 +250,7 @@ def test_padding_of_unpacked_documents_is_bounded_however_their_lengths_differ()
 
 
 def test_what_kernels_need_is_built_once_for_all_layers():
-    layout = layout_of([30, 34], length=64)
+    layout = layout_of([130, 170], length=300)
     q, k, v = random_qkv(layout)
     attention(q, k, v, layout, "dual_triangle", "sdpa")
     attention(q, k, v, layout, "dual_triangle", "sdpa", 8)
@@ -243,6 +260,28 @@ def test_what_kernels_need_is_built_once_for_all_layers():
     assert layout.unpacked is unpacked
     assert all(layout._built[key] is value for key, value in built.items())
     assert len(layout._built) == len(built) == 2
+
+
+@pytest.mark.parametrize("rows", [[[20, 30], [50]], [[50], [50]]])
+def test_masks_of_short_rows_are_built_once_for_all_layers(rows):
+    layout = layout_of(*rows, length=50)
+    q, k, v = random_qkv(layout)
+    attention(q, k, v, layout, "dual_triangle", "sdpa")
+    built = dict(layout._built)
+    attention(q, k, v, layout, "dual_triangle", "sdpa")
+    assert built
+    assert layout._built.keys() == built.keys()
+    assert all(layout._built[key] is value for key, value in built.items())
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("length", [64, 300])
+def test_half_precision_on_the_cpu_is_float32_inside_also_under_autocast(length, window):
+    layout = layout_of([length], length=length)
+    half = [x.detach().bfloat16() for x in random_qkv(layout)]
+    expected = attention(*(x.float() for x in half), layout, "dual_triangle", "sdpa", window).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention(*half, layout, "dual_triangle", "sdpa", window), expected)
 
 
 def test_auto_says_once_which_kernel_it_chose_and_why(caplog):

@@ -204,8 +204,7 @@ def test_compiled_blocks_equal_plain_ones_and_do_not_compile_again_for_another_l
         torch.testing.assert_close(ours, reference)
         counts.append(counter.frame_count)
     # Before attention with and without rotary positions, and after it: once for the first shape, once for all others.
-    # Packed rows bring positions of their own for each row, which is one more.
-    assert counts[:2] == [3, 6]
-    assert counts[1] == counts[4]
-    assert counts[5] == counts[-1] == 7
+    # Padded rows are one more on the CPU, where short full rows come back from attention as a view and others do not;
+    # packed rows, which bring positions of their own for each row, another.
+    assert counts == [3, 6, 7, 7, 7, 8, 8, 8, 8, 8]
     torch._dynamo.reset()

@@ -3,11 +3,14 @@
 import math
 
 import pytest
+import torch
 
 from pretrain.model.rotary import (
     RotaryScaling,
     attention_sharpness,
     rotary_frequencies,
+    rotary_table,
+    rotate,
     scaled_frequencies,
 )
 
@@ -63,3 +66,17 @@ def test_impossible_scalings_are_refused():
     for factor, trained in ((0.5, 128), (math.nan, 128), (2.0, 0)):
         with pytest.raises(ValueError, match="factor >= 1 and trained_length >= 1"):
             RotaryScaling("ntk", factor, trained)
+
+
+def test_rotation_and_its_gradient_are_those_of_complex_numbers():
+    x = torch.randn(2, 5, 3, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
+    angles = (positions[..., None].float() * rotary_frequencies(DIM, THETA))[:, :, None]
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(angles.cos().double(), angles.sin().double()) * 1.5
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    ours = rotate(x, rotary_table(positions, rotary_frequencies(DIM, THETA), 1.5))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    gradient = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    one, other = (torch.autograd.grad(y, x, gradient)[0] for y in (ours, expected))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda t: rotate(t, rotary_table(positions, rotary_frequencies(DIM, THETA))), x)
