@@ -1,6 +1,5 @@
 """The coordinate check: how far a few steps move a model, over widths."""
 
-
 import pytest
 import torch
 

@@ -3,7 +3,8 @@
 Each term is a tensor that autograd saves in `pretrain/model/`: change an operation there and this page changes with
 it (a test compares both, by hooks on what is really saved). h, a, f are the widths of the residual stream, of all
 heads together and inside the feed-forward layer; c is the bytes of an element in the matrix products, r in the
-residual stream.
+residual stream. Rows of up to 256 positions, which the CPU masks instead of moving, are planned as longer ones are:
+a few percent too much.
 """
 
 import math
@@ -157,26 +158,31 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
     made = layer.positions == "rotary" or model.qk_norm
     views = (5 if made else 3) * a
     reads_views = False
+    # On the CPU sdpa computes in fp32, from copies of a half-precision q, k and v; its output is made half again.
+    widened = kernel == "sdpa" and not setting.on_gpu and c < STATISTIC
+    inside = STATISTIC if widened else c
     statistics: float = STATISTIC * model.num_heads * triangles
     if kernel == "dense":
         # copies of q, k and v, the weights of each triangle before and after NaN is cleared, outputs side by side
-        elements = 4.0 * a + 2 * model.num_heads * triangles * setting.length
+        kept = c * (4.0 * a + 2 * model.num_heads * triangles * setting.length)
         statistics = 0
     elif window is not None and kernel == "sdpa":
         block = min(max(window, SMALLEST_BLOCK), n)
         margin = (1 if triangles == 2 or model.attention == "causal" else 2) * block / n
         filled = math.ceil(n / block) * block / n
         # padded copies of q, k and v, and the output; with two triangles also both outputs side by side
-        elements = a * (2 * filled + 2 * (filled + margin) + (1 if triangles == 2 else 0))
+        kept = inside * a * (2 * filled + 2 * (filled + margin)) + (c * a if triangles == 2 or widened else 0)
     elif kernel == "sdpa" and setting.packed:
         # gathered q, k, v and the outputs, and what is put back into rows
-        elements = (4 * setting.places + 1) * a
+        kept = inside * 4 * setting.places * a + c * a
         statistics *= setting.places
+    elif widened:
+        kept = inside * (5.5 if triangles == 2 else 4) * a + c * a
     else:
         # the triangle of the past reads views; that of the future reversed copies; both outputs, then side by side
-        elements = views + (3.5 if triangles == 2 else 1) * a
+        kept = c * (views + (3.5 if triangles == 2 else 1) * a)
         reads_views = True
-    kept = c * elements + statistics
+    kept += statistics
     if model.qk_norm:
         kept += _qk_norm(setting, reads_views)
     return kept * n
@@ -204,7 +210,8 @@ def _shared(setting: Setting) -> int:
     layers = model.resolved_layers
     thetas = {layer.rotary_theta for layer in layers if layer.rotary_theta is not None}
     table = setting.positions if setting.packed else setting.length
-    total = len(thetas) * table * model.sub_head_size * STATISTIC
+    # the cosines of a pair stand twice, its sines once
+    total = len(thetas) * table * 3 * model.sub_head_size // 2 * STATISTIC
     triangles = len(TRIANGLES[model.attention])
     for window, kernel in {(setting.window_of(layer), setting.kernel_of(layer)) for layer in layers}:
         if kernel == "dense":

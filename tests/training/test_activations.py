@@ -16,7 +16,7 @@ from pretrain.model.layout import AttentionLayout
 from pretrain.training.activations import Setting, activations
 from pretrain.training.engine import compile_blocks
 
-VOCAB, ROWS, LENGTH = 96, 3, 128
+VOCAB, ROWS, LENGTH = 96, 3, 320
 
 
 def rows_of(*documents: list[int]) -> Batch:
@@ -86,10 +86,10 @@ def both(batch: Batch, precision: str = "fp32", backend: Any = None, every: int 
 
 
 WINDOWS = [{"span": 16}, {"span": "global", "positions": "none"}]
-PACKED = rows_of([40, 50, 38], [100, 20], [64, 64])
+PACKED = rows_of([100, 125, 95], [250, 50], [160, 160])
 CASES: dict[str, Callable[[], tuple[float, ...]]] = {
     "one document a row": partial(both, rows_of()),
-    "padding": partial(both, rows_of([100], [128], [60])),
+    "padding": partial(both, rows_of([250], [320], [150])),
     "packed rows": partial(both, PACKED),
     "bidirectional": partial(both, rows_of(), attention="bidirectional"),
     "bidirectional, packed": partial(both, PACKED, attention="bidirectional"),
