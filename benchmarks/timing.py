@@ -128,8 +128,8 @@ def command() -> str:
     return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
-def write_results(path: Path, title: str, rows: Sequence[Row], on: dict[str, Any], plot: str) -> None:
-    """Write `path`.json and `path`.md, which shows the picture `plot` beside it."""
+def write_results(path: Path, title: str, rows: Sequence[Row], on: dict[str, Any], plot: str | None = None) -> None:
+    """Write `path`.json and `path`.md, which shows the picture `plot` beside it, if there is one."""
     records = [{**asdict(row), "verdict": row.verdict} for row in rows]
     write_json(path.with_suffix(".json"), {"format": 1, "machine": on, "command": command(), "rows": records})
     gpu = f"; {on['gpu']}" if on["gpu"] else "; no GPU"
@@ -137,7 +137,8 @@ def write_results(path: Path, title: str, rows: Sequence[Row], on: dict[str, Any
         f"{on['cores']} cores ({on['cpu']}), {on['threads']} threads{gpu}; load average before: "
         f"{on['load_average_before']}. Python {on['python']}, torch {on['torch']}, {on['date']}: `{command()}`."
     )
-    write_text(path.with_suffix(".md"), f"# {title}\n\n{head}\n\n![{title}]({plot})\n\n{markdown(rows)}")
+    picture = f"![{title}]({plot})\n\n" if plot else ""
+    write_text(path.with_suffix(".md"), f"# {title}\n\n{head}\n\n{picture}{markdown(rows)}")
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import config, data, evaluate, model, runs, train
+from launch.commands import checkpoint, compare, config, data, evaluate, model, plan, runs, submit, sweep, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
+from pretrain.redaction import redact
 
 app = typer.Typer(
     name="diptych",
@@ -20,13 +21,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with [bold]diptych quickstart[/bold]. "
-    "Exit codes: 0 done, 2 your input is wrong, 75 run the same command again to resume, 1 anything else.",
+    "Exit codes: 0 done, 2 your input is wrong, 3 a newer start has taken the run over, 75 run the same command "
+    "again to resume, 1 anything else.",
 )
 app.command()(train.quickstart)
 app.command()(train.train)
+app.command()(submit.submit)
 app.command()(runs.runs)
+app.command()(plan.plan)
+app.command()(compare.compare)
+app.command()(runs.logs)
+app.command()(runs.cancel)
+app.command()(runs.resume)
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.command("export-weights")(checkpoint.export_weights)
 app.add_typer(config.app, name="config")
 app.add_typer(model.app, name="model")
 
@@ -36,7 +47,7 @@ def main() -> None:
     try:
         app(prog_name="diptych")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(EXIT_WRONG_INPUT)
 
 

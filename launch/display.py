@@ -64,6 +64,8 @@ def time_left(status: Status) -> str:
 def numbers(status: Status) -> list[str]:
     """What a status measures, one phrase each; a value that is not known yet is left out."""
     phrases = [f"step {status.step}"]
+    if status.skipped_steps:
+        phrases.append(f"{status.skipped_steps} skipped")
     if status.loss is not None:
         phrases.append(f"loss {status.loss:.3f}")
     if status.masked_accuracy is not None:

@@ -21,17 +21,21 @@ from types import FrameType
 
 from launch.display import Display
 from pretrain.config import RunConfig
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_WRONG_INPUT
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT
 from pretrain.status import LIVE_STATES, STATUS, read_status
+from pretrain.training.attempt import VARIABLE, Attempt, take_attempt
+from pretrain.training.watchdog import end_of
 
 POLL_S = 0.1
-FAILURE_GRACE_S = 5.0
+FAILURE_GRACE_S = 4.0
 """How long the other ranks may take to end when one has died: they are likely stuck in a collective with it."""
 SAVE_GRACE_S = 300.0
 """How long the ranks may take to finish their step and save."""
 REPEAT_S = 0.5
 """Two SIGINTs closer than this are one Ctrl-C, which a wrapper forwarded a second time."""
 TAIL_LINES = 15
+TELLING = (EXIT_SUPERSEDED, EXIT_WRONG_INPUT)
+"""Exit codes of a rank that say why the launch ends, whatever the other ranks say."""
 
 SIGNAL_HINTS = {
     signal.SIGKILL: "out of memory (see `dmesg`; lower training.micro_batch_size), or someone killed it",
@@ -189,8 +193,11 @@ def stop_requests() -> Iterator[StopRequests]:
 class Supervisor:
     """Watches ranks until all have ended, and decides what their end means."""
 
-    def __init__(self, ranks: Sequence[Rank], requests: StopRequests, display: Display) -> None:
-        self._ranks, self._requests, self._display = ranks, requests, display
+    def __init__(
+        self, ranks: Sequence[Rank], requests: StopRequests, display: Display, attempt: Attempt | None = None
+    ) -> None:
+        """`attempt` is the one that the ranks' watchdogs may end; None for ranks that have none."""
+        self._ranks, self._requests, self._display, self._attempt = ranks, requests, display, attempt
         self._deadline = float("inf")
         self._stopping = False
         self._killed = False
@@ -215,12 +222,15 @@ class Supervisor:
         expected = {EXIT_DONE, EXIT_RESUME_ME, *([-signal.SIGTERM] if self._stopping else [])}
         wrong = [rank for rank in ended if rank.exit_code not in expected]
         if wrong and not self.failed and not self._killed:
-            self.failed = sorted(wrong, key=lambda rank: (rank.exit_code != EXIT_WRONG_INPUT, rank.exit_code or 0))
+            self.failed = sorted(wrong, key=lambda rank: (rank.exit_code not in TELLING, rank.exit_code or 0))
             self._end_within(FAILURE_GRACE_S)
             for rank in self._ranks:
                 rank.terminate()
         elif any(rank.exit_code == -signal.SIGTERM for rank in ended):
             # It ended before it could handle the signal, so there is nothing to save and the others wait in vain.
+            self._end_within(FAILURE_GRACE_S)
+        elif self._ended_by_watchdog():
+            # By the watchdog, because of a rank that will not end by itself.
             self._end_within(FAILURE_GRACE_S)
         else:
             self._end_within(SAVE_GRACE_S)
@@ -251,12 +261,17 @@ class Supervisor:
     def _ended_early(self) -> bool:
         return self._stopping and any(rank.exit_code == -signal.SIGTERM for rank in self._ranks)
 
+    def _ended_by_watchdog(self) -> bool:
+        return self._attempt is not None and end_of(self._attempt) is not None
+
     def _exit_code(self) -> int:
         codes = {rank.exit_code for rank in self._ranks}
         if self.failed:
-            return EXIT_WRONG_INPUT if any(rank.exit_code == EXIT_WRONG_INPUT for rank in self.failed) else EXIT_FAILED
+            return next((code for code in TELLING for rank in self.failed if rank.exit_code == code), EXIT_FAILED)
         if codes == {EXIT_DONE}:
             return EXIT_DONE
+        if self._ended_by_watchdog() and not self._requests.at_once:
+            return EXIT_RESUME_ME
         if self._requests.at_once or (self._killed and not self._ended_early()):
             return EXIT_FAILED
         return EXIT_RESUME_ME
@@ -283,9 +298,9 @@ class StatusFeed:
         status = read_status(self._run_folder)
         if status is None or status.heartbeat < self._launched_at:
             return
-        for event in status.events[self._events :]:
+        for event in status.events[max(self._events - status.events_before, 0) :]:
             self._display.message(event)
-        self._events = max(self._events, len(status.events))
+        self._events = max(self._events, status.events_before + len(status.events))
         self._display.update(status)
 
 
@@ -294,11 +309,13 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
 
     Returns:
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
-        wrong; 1: anything else. No rank is left running in any case.
+        wrong; 3: a newer attempt has taken the run over; 1: anything else. No rank is left running in any case.
     """
+    from pretrain.training.run_folder import CORPUS_URL
+
     run_folder = config.run_folder
-    logs = run_folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    attempt = take_attempt(run_folder)
+    attempt.log(0).parent.mkdir(parents=True, exist_ok=True)
     port, gpus = free_port(), num_gpus()
     ranks: list[Rank] = []
     with stop_requests() as requests, display:
@@ -306,8 +323,11 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         try:
             for number in range(num_ranks):
                 environment = rank_environment(number, num_ranks, port, gpus, os.environ)
-                ranks.append(start_rank(rank_command(run_folder), environment, logs / f"rank-{number:04d}.log"))
-            supervisor = Supervisor(ranks, requests, display)
+                environment[VARIABLE] = str(attempt.number)
+                if config.corpus.url:
+                    environment[CORPUS_URL] = config.corpus.url
+                ranks.append(start_rank(rank_command(run_folder), environment, attempt.log(number)))
+            supervisor = Supervisor(ranks, requests, display, attempt)
             exit_code = supervisor.watch(feed.refresh)
         finally:
             for rank in ranks:
@@ -318,7 +338,7 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         for line in rank.log_tail():
             display.message(f"  {line}")
         display.message(f"the whole log: {rank.log}")
-    _close_status(run_folder, exit_code, supervisor.failed)
+    _close_status(attempt, exit_code, supervisor.failed)
     if exit_code == EXIT_RESUME_ME:
         status = read_status(run_folder)
         where = f" from {status.checkpoint}" if status and status.checkpoint else ""
@@ -326,12 +346,13 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
     return exit_code
 
 
-def _close_status(run_folder: Path, exit_code: int, failed: Sequence[Rank]) -> None:
+def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> None:
     """Where the ranks had no time to say that they end, say it for them."""
-    status = read_status(run_folder)
-    if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE:
+    status = read_status(attempt.run_folder)
+    if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE or attempt.superseded_by():
         return
     status.state = "interrupted" if exit_code == EXIT_RESUME_ME or not failed else "failed"
+    status.message = end_of(attempt)
     if failed:
         status.message = f"rank {failed[0].number} {failed[0].how_it_ended()}"
-    status.write(run_folder)
+    status.write(attempt.run_folder)

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from launch.display import StageProgress, clock, make_console, say
 from launch.documentation import collect_documentation
+from launch.evaluate import evaluate_context
 from launch.local import num_cores, num_gpus
 from launch.tables import corpus_summary
-from launch.train import ensure_corpus, evaluate_context, train
+from launch.train import ensure_corpus, train
 from pretrain.config import RunConfig, check_topology, config_folder, load_config
 from pretrain.data.manifest import MANIFEST
 from pretrain.errors import EXIT_DONE, UserError

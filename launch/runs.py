@@ -1,14 +1,18 @@
-"""What a run folder says of itself: its status, and the list of all runs in a folder. Reads; never starts anything."""
+"""What a run folder says of itself, and what Slurm says of its jobs: the list of all runs in a folder. Only reads."""
 
 import difflib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.slurm import JobState, SlurmSilentError, job_states
+from launch.starts import last_end
+from launch.submission import Submission, newest_submission
 from pretrain.errors import UserError
 from pretrain.status import LIVE_STATES, STATUS, read_status
 
+SWEEP = "sweep.json"
 LOST_AFTER_S = 60.0
 """A run that claims to be at work, but whose heartbeat is older than this, is lost."""
 
@@ -29,22 +33,35 @@ class RunRow:
     age_s: float | None = None
     """Seconds since the last heartbeat."""
     message: str | None = None
+    """Why it ended the last time; None where it did not, or was done."""
+    seconds_left: float | None = None
+    restarts: int | None = None
+    """Starts after the first."""
+    slurm: str | None = None
+    """What Slurm says of its job; None where it was not submitted."""
 
 
 def list_runs(folder: Path, now: float | None = None) -> list[RunRow]:
-    """Every run in `folder`, by name; a run is a sub-folder with a config.yaml. `now` is Unix time in seconds."""
+    """Every run in `folder`, and every member of its sweeps, by name. `now` is Unix time in seconds.
+
+    A run is a sub-folder with a config.yaml, a sweep one with a sweep.json and its members in it.
+    """
     if not folder.is_dir():
         return []
     now = time.time() if now is None else now
-    return [describe_run(path.parent, now) for path in sorted(folder.glob("*/config.yaml"))]
+    members = [path for sweep in folder.glob(f"*/{SWEEP}") for path in sweep.parent.glob("*/config.yaml")]
+    paths = sorted([*folder.glob("*/config.yaml"), *members])
+    rows = [describe_run(path.parent, now) for path in paths]
+    return [replace(row, name=str(row.folder.relative_to(folder))) for row in rows]
 
 
 def describe_run(run_folder: Path, now: float) -> RunRow:
     """One run as it stands at `now`; a missing or damaged status.json is a state, not an error."""
     status = read_status(run_folder)
+    ended = last_end(run_folder)
     if status is None:
         state = "unreadable status.json" if (run_folder / STATUS).exists() else "not started"
-        return RunRow(run_folder.name, run_folder, state)
+        return RunRow(run_folder.name, run_folder, state, message=ended)
     age_s = max(0.0, now - status.heartbeat)
     live = status.state in LIVE_STATES
     lost = live and age_s > LOST_AFTER_S
@@ -59,8 +76,45 @@ def describe_run(run_folder: Path, now: float) -> RunRow:
         validation_loss=status.validation_loss,
         tokens_per_s=status.tokens_per_s if live and not lost else None,
         age_s=age_s,
-        message=status.message,
+        message=None if status.state == "done" else status.message or ended,
+        seconds_left=status.seconds_left if live and not lost else None,
+        restarts=max(0, len(list(run_folder.glob("attempts/*.json"))) - 1),
     )
+
+
+def with_slurm(rows: list[RunRow]) -> tuple[list[RunRow], str | None]:
+    """The rows with what Slurm says of those that were submitted, and a warning where it says nothing at all."""
+    submissions = {row.folder: newest_submission(row.folder) for row in rows}
+    job_ids = {job_id for submission in submissions.values() if submission for job_id in submission.jobs.values()}
+    warning = None
+    states: dict[str, JobState] | None = None
+    try:
+        states = job_states(job_ids)
+    except SlurmSilentError as error:
+        warning = f"{error}; the states are those that the runs wrote themselves, by their heartbeats"
+    found = []
+    for row in rows:
+        submission = submissions[row.folder]
+        found.append(row if submission is None or not submission.jobs else _with_jobs(row, submission, states))
+    return found, warning
+
+
+def _with_jobs(row: RunRow, submission: Submission, states: dict[str, JobState] | None) -> RunRow:
+    """A row with the state of the job that is at work or comes next, or else of the last one that Slurm remembers."""
+    if states is None:
+        return replace(row, slurm="no answer")
+    known = [(job, state) for job in submission.jobs if (state := submission.state_of(job, states)) is not None]
+    if not known:
+        return replace(row, slurm="forgotten")
+    job, state = next(((j, s) for j, s in known if s.is_open), known[0])
+    words = [submission.jobs[job], *(["evaluation"] if job != "train" else []), state.state.lower().replace("_", " ")]
+    if state.is_waiting and state.reason:
+        words.append(f"({state.reason})")
+    error = state.comment.partition(" error: ")[2]
+    ended = row.message
+    if not state.is_open and job == "train" and state.state not in ("COMPLETED", "FAILED"):
+        ended = f"Slurm: {state.state.lower().replace('_', ' ')}"
+    return replace(row, slurm=" ".join(words), message=error or ended)
 
 
 def find_run(name: str, folder: Path = Path("runs")) -> Path:

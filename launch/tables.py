@@ -50,15 +50,22 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def runs_table(rows: Sequence[RunRow]) -> Table:
+def runs_table(rows: Sequence[RunRow]) -> Group:
     """`diptych runs`."""
-    columns = ["run", "state", "step", "tokens", "loss", "validation loss", "tokens/s", "last seen"]
-    return table(None, columns, (_run_cells(row) for row in rows), numbers_from=2)
+    columns = ["run", "state", "step", "tokens", "loss", "validation loss", "tokens/s", "last seen", "left", "restarts"]
+    submitted = any(row.slurm for row in rows)
+    if submitted:
+        columns.insert(1, "Slurm")
+    cells = (_run_cells(row, submitted) for row in rows)
+    made = table(None, columns, cells, numbers_from=3 if submitted else 2)
+    reasons = [Text(f"{row.name} ended the last time: {row.message}") for row in rows if row.message]
+    return Group(made, *reasons)
 
 
-def _run_cells(row: RunRow) -> list[str | Text]:
+def _run_cells(row: RunRow, submitted: bool) -> list[str | Text]:
     return [
         row.name,
+        *([row.slurm or "-"] if submitted else []),
         Text(row.state, style=STATE_STYLES.get(row.state.split()[0], "")),
         number(row.step, "d"),
         "-" if row.tokens is None else f"{compact(row.tokens)} of {compact(row.total_tokens or 0)}",
@@ -66,6 +73,8 @@ def _run_cells(row: RunRow) -> list[str | Text]:
         number(row.validation_loss),
         "-" if row.tokens_per_s is None else compact(row.tokens_per_s),
         "-" if row.age_s is None else f"{duration(row.age_s)} ago",
+        "-" if row.seconds_left is None else duration(row.seconds_left),
+        number(row.restarts, "d"),
     ]
 
 

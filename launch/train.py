@@ -1,20 +1,17 @@
 """One training from end to end: corpus, run folder, ranks, context report. What `train` and `quickstart` share."""
 
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from launch.display import StageProgress, make_display, say
+from launch.evaluate import evaluate_context
 from launch.local import launch_local, num_gpus
-from launch.tables import fitting_table
 from pretrain.config import CorpusConfig, RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
-from pretrain.status import Status, read_status
+from pretrain.redaction import redact
+from pretrain.status import read_status
 
 
 def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
@@ -52,7 +49,7 @@ def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:
     if corpus.url and not (corpus.path / MANIFEST).is_file():
         from pretrain.data.remote import fetch_description
 
-        say(console, f"fetching the manifest of {corpus.url} to {corpus.path}")
+        say(console, f"fetching the manifest of {redact(corpus.url)} to {corpus.path}")
         fetch_description(corpus.url, corpus.path)
     if corpus.sources and not (corpus.path / MANIFEST).is_file():
         say(console, f"there is no finished corpus at {corpus.path} yet: building it")
@@ -81,33 +78,6 @@ def _check_sources(corpus: CorpusConfig, key: str) -> None:
         )
 
 
-@contextmanager
-def only_launch(run_folder: Path) -> Iterator[None]:
-    """Keep any second launch out of a run folder, by a lock beside it that ends with this process.
-
-    Raises:
-        UserError: another process is training this run, or the folder of runs cannot be written.
-    """
-    try:
-        run_folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = run_folder.with_name(f".{run_folder.name}.lock").open("a+")
-    except OSError as error:
-        raise UserError(f"cannot write to {run_folder.parent} ({error.strerror}); set runs=FOLDER") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"{run_folder} is being trained already, by process {lock.read().strip() or 'unknown'}; wait for it, "
-                "end it (it saves first), or choose another name=..."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        yield
-
-
 def train(
     config: RunConfig, num_ranks: int, console: Console, *, allow_change: Sequence[str] = (), evaluate: bool = True
 ) -> int:
@@ -116,13 +86,17 @@ def train(
     Returns:
         The exit code; see `launch_local`.
     """
+    from launch.submit import refuse_if_queued
+
+    refuse_if_queued(config.run_folder)
     manifest = ensure_corpus(config.corpus, console)
     from pretrain.training.run_folder import open_run_folder
+    from pretrain.training.run_lock import run_lock
 
-    with only_launch(config.run_folder):
+    with run_lock(config.run_folder):
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
-        if _is_complete(config, read_status(config.run_folder)):
+        if is_complete(config):
             say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
         else:
             where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
@@ -132,43 +106,16 @@ def train(
                 return exit_code
         if evaluate:
             try:
-                evaluate_context(config.run_folder, console)
+                evaluate_context(config.run_folder, console, num_ranks=num_ranks if num_gpus() else 1)
             except UserError as error:
                 raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
     return EXIT_DONE
 
 
-def _is_complete(config: RunConfig, status: Status | None) -> bool:
+def is_complete(config: RunConfig) -> bool:
     """Whether the run has seen all its tokens, and its last checkpoint is still there."""
+    status = read_status(config.run_folder)
     if status is None or status.state != "done" or status.checkpoint is None:
         return False
     here = (config.run_folder / "checkpoints" / status.checkpoint).is_dir()
     return here and status.tokens >= config.training.tokens
-
-
-def evaluate_context(
-    run_folder: Path, console: Console, *, step: int | None = None, overrides: Sequence[str] = ()
-) -> None:
-    """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
-
-    `step` and `overrides` are those of `evaluate_run`.
-    """
-    from pretrain.evaluation.context import evaluate_run
-    from pretrain.evaluation.report import COLUMNS, headline, table_rows, write_report
-
-    with StageProgress(console) as progress:
-        report = evaluate_run(
-            run_folder, step, overrides, lambda _, done, total: progress.report("context lengths", done, total)
-        )
-    folder = write_report(run_folder, report)
-    title = f"Context extension of {report.run}, step {report.step}"
-    console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
-    say(console, headline(report), "bold")
-    for multiple, why in report.skipped.items():
-        say(console, f"{multiple}x was not measured: {why}")
-    say(
-        console,
-        f"Loss in nats per masked token; token frequencies alone cost {report.unigram_loss:.3f} on these tokens "
-        f"(unigram entropy {report.unigram_entropy:.3f}).",
-    )
-    say(console, f"report: {folder / 'report.md'}")

@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
+from pretrain.cluster_config import ClusterConfig as ClusterConfig
 from pretrain.data_config import AbsolutePath as AbsolutePath
 from pretrain.data_config import CorpusConfig as CorpusConfig
 from pretrain.data_config import DataConfig as DataConfig
@@ -78,7 +80,14 @@ class TrainingConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks, once for all lengths; `auto` is on for CUDA."""
     max_skipped_steps: Count = 5
-    """Stop with an error after this many steps in a row whose gradient norm was not finite."""
+    """Stop with an error after this many steps in a row were skipped."""
+    spikes: Literal["off", "skip", "rollback"] = "off"
+    """What follows a loss far above those before it. `off`: it is reported, and the step is taken: clipping and AdamW
+    bound what it can do. `skip`: the step is not taken. `rollback`: as `skip`, and instead of stopping after
+    `max_skipped_steps` the run goes back to its last checkpoint and on with the rows behind the offending ones. The
+    last two look at each loss before the optimizer moves, which costs one more wait for the device per step."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 10.0
+    """How far a spike is above the median of the last 128 losses, in robust standard deviations of these."""
     log_every: Count = 10
     """Steps between two progress lines; metrics.jsonl gets every step regardless."""
     validate_every: Count = 100
@@ -96,17 +105,42 @@ class CheckpointConfig(Section):
     """Keep this many of the newest."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
+    background: bool = Field(default=True, alias="async")
+    """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, over all ranks);
+    write them meanwhile. The last save of a run waits until it is on the disk."""
+    strict: bool = False
+    """Refuse to resume from an older checkpoint where a newer one is damaged."""
+
+
+class SupervisionConfig(Section):
+    """When a run that makes no progress is ended, so that it can be resumed (exit code 75)."""
+
+    silence_s: Annotated[float, Field(gt=0)] = 600.0
+    """No step and no batch of a validation is completed on a rank for so many seconds."""
+    long_silence_s: Annotated[float, Field(gt=0)] = 1800.0
+    """The same while a rank starts, compiles, or loads or saves a checkpoint."""
 
 
 class EvaluationConfig(Section):
-    """The context-extension report."""
+    """The context-extension report. `diptych evaluate context --full` takes several times as much of everything."""
 
-    lengths: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 8])
-    """Context lengths, as multiples of `data.sequence_length`; 1 is always among them."""
-    windows: Count = 256
+    lengths: list[Annotated[float, Field(gt=0)]] = Field(default=[0.5, 1, 2, 4, 8, 16])
+    """Context lengths, as multiples of `data.sequence_length`; 1 is always among them. Those that the corpus has no
+    documents for are left out."""
+    windows: Count = 128
     """Target windows to score; each is scored at every length."""
+    reading_windows: Count = 16
+    """Of them, those on which ways to read long rows (position interpolation, YaRN, ...) are compared."""
+    task_samples: Count = 1
+    """Rows for each distance, depth and side of the synthetic tasks."""
+    attention_windows: Count = 2
+    """Windows whose attention is looked at."""
+    pseudo_targets: Count = 32
+    """Targets that are also predicted with nothing else masked."""
+    context_threshold: Annotated[float, Field(gt=0)] = 0.5
+    """A target needs context if its loss falls by more than so many nats from the shortest length to 1x."""
     split: Literal["valid", "test"] = "test"
-    """Which documents they come from."""
+    """Which documents the windows come from."""
     tokens_per_batch: Count = 16_384
     """Positions put through the model at once."""
 
@@ -146,7 +180,11 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default={})
+    """The axes of `diptych sweep`, ignored elsewhere: a key and its values, or a name and named groups of settings."""
     phases: list[PhaseConfig] = Field(default=[])
     """A curriculum, for instance long rows at the end: each phase changes some settings from a number of tokens on."""
 
@@ -205,22 +243,27 @@ class RunConfig(Section):
             raise ValueError(f"phase {phase}: sequence_length = {longest} is beyond model.max_positions")
 
 
+def _batch_sizes(config: RunConfig) -> list[int]:
+    return [config.training.batch_size, *(phase.batch_size for phase in config.phases if phase.batch_size)]
+
+
+def works_with(config: RunConfig, world_size: int) -> bool:
+    """Whether the streams and every batch can be divided among so many ranks."""
+    return all(number % world_size == 0 for number in (config.data.streams, *_batch_sizes(config)))
+
+
 def check_topology(config: RunConfig, world_size: int) -> None:
     """Refuse a number of ranks that the batch or the streams cannot be divided by.
 
     Raises:
         UserError: naming the two numbers and the choices that work.
     """
-    batches = [config.training.batch_size, *(phase.batch_size for phase in config.phases if phase.batch_size)]
-    works = [
-        n
-        for n in range(1, config.data.streams + 1)
-        if all(number % n == 0 for number in (config.data.streams, *batches))
-    ]
-    if world_size not in works:
+    if not works_with(config, world_size):
+        works = [n for n in range(1, config.data.streams + 1) if works_with(config, n)]
         raise UserError(
             f"{world_size} ranks cannot share data.streams = {config.data.streams} and training.batch_size = "
-            f"{', '.join(map(str, batches))} evenly; use one of {', '.join(map(str, works))} ranks, or change these"
+            f"{', '.join(map(str, _batch_sizes(config)))} evenly; use one of {', '.join(map(str, works))} ranks, or "
+            "change these"
         )
 
 
@@ -307,7 +350,7 @@ def _section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
     for part in path:
         if isinstance(part, int):
             continue
-        field = section.model_fields.get(part)
+        field = _keys(section).get(part)
         if field is None:
             return None
         section = next((a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")), None)
@@ -322,7 +365,7 @@ def _explain(problem: Any) -> str:
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         section = _section_at(problem["loc"][:-1])
-        keys = list(section.model_fields) if section else []
+        keys = list(_keys(section)) if section else []
         inside = problem["loc"][:-1]
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
         elsewhere = [key for key, _ in _leaves(RunConfig) if key.split(".")[-1] == problem["loc"][-1]]
@@ -341,8 +384,13 @@ def _explain(problem: Any) -> str:
     return f"{path}: {message}" + ("" if isinstance(value, dict | BaseModel) else f" (given: {value!r})")
 
 
+def _keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section, as they are called in a file."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in section.model_fields.items():
+    for name, field in _keys(section).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaves(field.annotation, f"{prefix}{name}.")
         else:

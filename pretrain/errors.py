@@ -1,7 +1,8 @@
 """How Diptych ends: the exit codes, and the one exception that means "your input is wrong"."""
 
-EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_RESUME_ME = 0, 1, 2, 75
-"""75 is EX_TEMPFAIL of sysexits.h: the same command again resumes."""
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_SUPERSEDED, EXIT_RESUME_ME = 0, 1, 2, 3, 75
+"""75 is EX_TEMPFAIL of sysexits.h: the same command again resumes. 3: a newer attempt has taken the run over, so this
+one must not be started again by itself: it would take the run back, and so on for ever."""
 
 
 class UserError(Exception):

@@ -71,7 +71,12 @@ class ModelConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     init_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the initial weights, by default sqrt(2 / (5 x hidden_size)) (Nguyen and Salazar, arXiv
-    1910.05895)."""
+    1910.05895). Under `mup` it is that at `base_width`."""
+    parametrization: Literal["standard", "mup"] = "standard"
+    """`mup`: initial weights, output and learning rates scale with the width such that what was tuned at `base_width`
+    holds at every width (maximal update parametrization, arXiv 2203.03466). Keep the width of a head constant."""
+    base_width: Count = 128
+    """`mup` only: the hidden_size at which `mup` and `standard` are the same."""
     depth_scaled_init: bool = True
     """Scale the initial projections back into the residual stream down by sqrt(2 x num_layers)."""
     kernel: Literal["auto", "sdpa", "varlen", "flex", "dense"] = "auto"
@@ -99,9 +104,20 @@ class ModelConfig(Section):
         return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
 
     @property
+    def width_ratio(self) -> float:
+        """Under `mup`, how many times wider than its base the model is; else 1."""
+        return self.hidden_size / self.base_width if self.parametrization == "mup" else 1.0
+
+    @property
     def initial_std(self) -> float:
-        """Standard deviation of the initial weights."""
-        return self.init_std or (2 / (5 * self.hidden_size)) ** 0.5
+        """Standard deviation of the initial matrices between hidden layers."""
+        return self.embedding_std / self.width_ratio**0.5
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the initial embeddings and of the output matrix."""
+        width = self.base_width if self.parametrization == "mup" else self.hidden_size
+        return self.init_std or (2 / (5 * width)) ** 0.5
 
     def layer(self, index: int) -> LayerConfig:
         """Layer `index` of the encoder, from 0, with nothing left to a default.

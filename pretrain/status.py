@@ -1,12 +1,14 @@
 """status.json of a run folder: how the run is doing, written by rank 0 and read by whoever watches it."""
 
-import os
 import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pretrain.files import replace_text
+
 STATUS = "status.json"
+KEPT_EVENTS = 100
 LIVE_STATES = frozenset({"starting", "training", "validating", "saving"})
 
 
@@ -32,19 +34,31 @@ class Status(BaseModel):
     validation_loss: float | None = None
     validation_step: int | None = None
     checkpoint: str | None = None
+    attempt: int | None = None
+    """Number of the start that wrote this."""
     ranks: int | None = None
     precision: str | None = None
     heartbeat: float
     """Unix time in seconds."""
+    skipped_steps: int = 0
+    """Steps at which the optimizer did not move, since the run began."""
     message: str | None = None
+    """What is wrong, while something is."""
     events: list[str] = []
-    """What happened during this attempt, oldest first."""
+    """What happened during this attempt, oldest first; only the latest are kept."""
+    events_before: int = 0
+    """Events of this attempt that are no longer among them."""
+
+    def add_event(self, text: str) -> None:
+        """Something happened."""
+        self.events.append(text)
+        if len(self.events) > 2 * KEPT_EVENTS:
+            self.events_before += len(self.events) - KEPT_EVENTS
+            del self.events[:-KEPT_EVENTS]
 
     def write(self, run_folder: Path) -> None:
         """Replace status.json in one step; not flushed to the disk, since it is of no use after a crash."""
-        temporary = run_folder / f".status.{os.getpid()}.tmp"
-        temporary.write_text(self.model_dump_json(indent=1))
-        temporary.replace(run_folder / STATUS)
+        replace_text(run_folder / STATUS, self.model_dump_json(indent=1))
 
     def beat(self, run_folder: Path) -> None:
         """Write it as of now."""

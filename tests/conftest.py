@@ -1,15 +1,17 @@
 """A real corpus for tests: built by the product from generated text, once per session."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pretrain.config import RunConfig, validate
+from pretrain.config import RunConfig, to_yaml, validate
 from pretrain.data.corpus import build_corpus
 from pretrain.data.manifest import Manifest, load_manifest
+from tests.ranks import run_on_ranks
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 
@@ -73,3 +75,41 @@ def make_config(corpus_values: dict[str, Any], tmp_path: Path) -> Callable[..., 
 def manifest(corpus_values: dict[str, Any]) -> Manifest:
     """Of the test corpus."""
     return load_manifest(Path(corpus_values["path"]))
+
+
+class _NoStop:
+    """A run that nobody stops."""
+
+    requested = False
+    signal_name = None
+
+
+def _train(rank: int, config: RunConfig) -> None:
+    import torch
+
+    from pretrain.training.trainer import Trainer
+
+    Trainer(config, rank, 1, torch.device("cpu"), _NoStop()).train()
+
+
+@pytest.fixture(scope="session")
+def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of one rank that is trained to its end, with its last three checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_run(
+        corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
+    )
+    from pretrain.training.run_folder import open_run_folder
+
+    open_run_folder(config, load_manifest(config.corpus.path))
+    run_on_ranks(_train, 1, folder / "ranks", config)
+    return config
+
+
+@pytest.fixture
+def finished(trained_once: RunConfig, make_config: Callable[..., RunConfig]) -> RunConfig:
+    """The same in a folder of this test."""
+    config = make_config(training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3})
+    shutil.copytree(trained_once.run_folder, config.run_folder)
+    (config.run_folder / "config.yaml").write_text(to_yaml(config))
+    return config

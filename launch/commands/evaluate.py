@@ -1,5 +1,6 @@
 """`diptych evaluate`: measure a trained encoder, or train small ones on a synthetic task."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -44,24 +45,53 @@ def evaluate_context(
         typer.Argument(metavar="KEY=VALUE", help="Changes to the evaluation section, for instance windows=64."),
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Checkpoint to read; by default the newest.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="0.5x,1x,2x,...", help="Multiples of the training length; by default as configured."),
+    ] = None,
     split: Annotated[Split | None, typer.Option(help="Documents to read; by default as configured.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="CORPUS", help="Folder of another corpus of the same tokenizer.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time limit, for instance 90s, 10m, 1h: less is measured.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Several times as many windows, samples and tasks.")] = False,
+    recalibrate: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Also train so many tokens (2M) at the longest length, and measure again."),
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1,
     folder: Annotated[Path, typer.Option(help="Where runs are looked for by name.")] = Path("runs"),
 ) -> None:
-    """Read sequences longer than those trained on.
+    """Read sequences longer than those trained on, and see whether what is far away is used.
 
-    Writes a report with curves into the run's folder: the loss by context length, and what the context is worth.
+    Writes report.html, report.md and report.json into the run's folder: loss by context length, the gain over a crop,
+    ways to read long rows, tasks, attention. Ctrl-C keeps what is done; the same command goes on.
 
-    [bold]Example:[/bold] diptych evaluate context quickstart --split valid windows=64
+    [bold]Example:[/bold] diptych evaluate context quickstart --lengths 0.5x,1x,2x,4x --budget 5m --nproc 2
     """
     from launch.display import make_console
+    from launch.evaluate import evaluate_context as evaluate_run
+    from launch.evaluate import parse_count, parse_duration, parse_lengths
     from launch.runs import find_run
-    from launch.train import evaluate_context as evaluate_run
 
     run_folder = find_run(run, folder)
     changes = [*(overrides or []), *([f"split={split.value}"] if split else [])]
-    changes = [f"evaluation.{change.removeprefix('evaluation.')}" for change in changes]
     with resumable():
-        evaluate_run(run_folder, make_console(), step=step, overrides=changes)
+        evaluate_run(
+            run_folder,
+            make_console(),
+            step=step,
+            lengths=parse_lengths(lengths) if lengths else None,
+            corpus=corpus,
+            overrides=[f"evaluation.{change.removeprefix('evaluation.')}" for change in changes],
+            full=full,
+            budget_s=parse_duration(budget) if budget else None,
+            num_ranks=nproc,
+            recalibrate=parse_count(recalibrate) if recalibrate else None,
+            command=["diptych", *sys.argv[1:]],
+        )
 
 
 @probe_app.command("argmax")

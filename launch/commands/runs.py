@@ -1,9 +1,15 @@
-"""`diptych runs`: what became of the runs in a folder."""
+"""`diptych runs`, `logs`, `cancel`, `resume`: what became of runs, and what is to become of them."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from launch.commands.arguments import resumable
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
+Folder = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
 
 
 def runs(
@@ -11,14 +17,70 @@ def runs(
 ) -> None:
     """List runs with their state, step and loss.
 
+    The state is what the run itself wrote last, with a heartbeat; beside it stands what Slurm says of its job.
+
     [bold]Example:[/bold] diptych runs --folder /scratch/me/runs
     """
     from launch.display import make_console
-    from launch.runs import list_runs
+    from launch.runs import list_runs, with_slurm
     from launch.tables import runs_table
 
-    rows = list_runs(folder)
+    rows, warning = with_slurm(list_runs(folder))
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     if not rows:
         print(f"no runs in {folder.absolute()}")
         return
-    make_console().print(runs_table(rows))
+    console = make_console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(runs_table(rows), soft_wrap=False)
+
+
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    rank: Annotated[int, typer.Option(min=0, metavar="R", help="Whose output.")] = 0,
+    folder: Folder = Path("runs"),
+) -> None:
+    """Print what a rank of the newest start prints, here or on Slurm.
+
+    [bold]Example:[/bold] diptych logs mine -f --rank 3
+    """
+    from launch.logs import show_log
+    from launch.runs import find_run
+
+    try:
+        show_log(find_run(run, folder), rank, follow)
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise typer.Exit from None
+
+
+def cancel(run: Run, folder: Folder = Path("runs")) -> None:
+    """End a run, here or on Slurm; it saves first.
+
+    What waits of it in Slurm's queue, its evaluation too, is taken out.
+
+    [bold]Example:[/bold] diptych cancel mine
+    """
+    from launch.control import cancel as cancel_run
+    from launch.display import make_console
+    from launch.runs import find_run
+
+    cancel_run(find_run(run, folder), make_console())
+
+
+def resume(run: Run, folder: Folder = Path("runs")) -> None:
+    """Start a run again, with the config it has, where it was: here or on Slurm.
+
+    On Slurm it runs the code as it is now.
+
+    [bold]Example:[/bold] diptych resume mine
+    """
+    from launch.control import resume as resume_run
+    from launch.display import make_console
+    from launch.runs import find_run
+
+    with resumable():
+        exit_code = resume_run(find_run(run, folder), make_console())
+    raise typer.Exit(exit_code)

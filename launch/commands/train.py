@@ -33,6 +33,9 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="Resume although KEY changed, which makes it another run. Repeatable."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse to resume from an older checkpoint if a newer one is damaged.")
+    ] = False,
     evaluate: Annotated[bool, typer.Option(help="Write the context report at the end.")] = True,
 ) -> None:
     """Train a config on this machine, or resume it.
@@ -47,7 +50,7 @@ def train(
     from pretrain.config import load_config
 
     with resumable():
-        run = load_config(config, overrides or [])
+        run = load_config(config, [*(overrides or []), *(["checkpoint.strict=true"] if strict else [])])
         num_ranks = choose_num_ranks(run, nproc)
         exit_code = train_run(run, num_ranks, make_console(), allow_change=allow_change or [], evaluate=evaluate)
     raise typer.Exit(exit_code)

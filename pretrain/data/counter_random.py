@@ -13,18 +13,30 @@ UInt64 = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _finalize(z: UInt64) -> UInt64:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _finalize(z: UInt64) -> None:
+    """In place: `z` is only this module's, and large."""
+    shifted = z >> np.uint64(30)
+    z ^= shifted
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(z, np.uint64(27), out=shifted)
+    z ^= shifted
+    z *= np.uint64(0x94D049BB133111EB)
+    np.right_shift(z, np.uint64(31), out=shifted)
+    z ^= shifted
 
 
 def bits(*key: int | npt.NDArray[np.integer]) -> UInt64:
     """Uniform uint64 for each element of the broadcast `key`."""
+    return more_bits(np.zeros(1, dtype=np.uint64), *key)
+
+
+def more_bits(value: UInt64, *key: int | npt.NDArray[np.integer]) -> UInt64:
+    """The bits of a longer key, of those of its beginning: what many keys begin with is mixed once."""
     with np.errstate(over="ignore"):
-        value = np.zeros(1, dtype=np.uint64)
         for part in key:
-            value = _finalize((value ^ np.asarray(part).astype(np.uint64)) + _GOLDEN)
+            value = value ^ np.asarray(part).astype(np.uint64)
+            value += _GOLDEN
+            _finalize(value)
     return value
 
 

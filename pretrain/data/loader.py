@@ -3,25 +3,28 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pretrain.batch import Batch
+from pretrain.batch import IGNORED, Batch
 from pretrain.config import RunConfig
 from pretrain.data.counter_random import bits
 from pretrain.data.manifest import TOKENIZER, Manifest, Split
-from pretrain.data.masking import MaskingRule, mask_rows, rate_at
+from pretrain.data.masking import MaskingRule, Rates, mask_in_place, rate_at
 from pretrain.data.packing import PackingRule
+from pretrain.data.rows import STRIP_POSITIONS, Rows
 from pretrain.data.shard_access import ShardAccess
-from pretrain.data.stream import Row, RowSource, StreamReader, StreamState
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.stream import RowSource, StreamReader, StreamState, Taken
+from pretrain.data.tokenizer import PAD, Tokenizer
 from pretrain.errors import UserError
 
 _MASKS = {"train": 3, "valid": 4, "test": 5}
 """First part of the key of a row's mask (1 and 2 are the stream's permutations)."""
+_BLOCK_POSITIONS = 2**17
+"""Of this rank, made at a time: enough that numpy's arrays are long, little enough that they stay near the core."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,27 @@ def packing_rule(config: RunConfig, manifest: Manifest) -> PackingRule:
     return PackingRule(data.sequence_length, data.packing, data.cut, weights)
 
 
-def make_batch(rows: list[Row], numbers: list[int], rule: MaskingRule, seed: int, split: Split) -> Batch:
-    """Mask rows and stack them; a row's mask depends on (seed, split, its global number) alone."""
-    ids = np.stack([row.ids for row in rows])
-    input_ids, labels = mask_rows(ids, bits(seed, _MASKS[split], np.array(numbers)), rule)
-    fields = (input_ids, labels, *document_columns(rows, ids.shape[1]))
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(field)) for field in fields))
+def read_batch(
+    reader: StreamReader, taken: Taken, shape: tuple[int, int], rule: MaskingRule, keys: tuple[int, Split], rates: Rates
+) -> Batch:
+    """Rows that were taken, masked; rows of padding after them, up to `shape`.
 
-
-def document_columns(rows: list[Row], sequence_length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`document_ids` and `position_ids` of a batch, each int64 [B, L]."""
-    columns = np.arange(sequence_length)[None, :]
-    begins = np.zeros((len(rows), sequence_length), dtype=np.int64)
-    for begins_of_row, row in zip(begins, rows, strict=True):
-        begins_of_row[row.begins] = 1
-    inside = columns < np.array([row.length for row in rows])[:, None]
-    positions = columns - np.maximum.accumulate(begins * columns, axis=1)
-    return np.cumsum(begins, axis=1) * inside, positions * inside
+    A row's mask depends on the seed and the split (`keys`), its global number and its rate alone. `rates` is
+    float64 [rows taken].
+    """
+    # In one piece, which the system gives in large pages where it is as long as a block.
+    input_ids, labels, document_ids, position_ids = fields = np.empty((4, *shape), dtype=np.int64)
+    rows = len(taken.numbers)
+    fields[:, rows:] = PAD
+    labels[rows:] = IGNORED
+    if rows:
+        reader.read(taken, Rows(input_ids[:rows], document_ids[:rows], position_ids[:rows]))
+    row_keys = bits(keys[0], _MASKS[keys[1]], taken.numbers)
+    strip = max(1, 2 * STRIP_POSITIONS // shape[1])
+    for first in range(0, rows, strip):
+        part = slice(first, min(first + strip, rows))
+        mask_in_place(input_ids[part], labels[part], row_keys[part], rule, rates[part])
+    return Batch(*map(torch.from_numpy, fields))
 
 
 class _TrainingSteps(IterableDataset[StepRows]):
@@ -90,17 +97,28 @@ class _TrainingSteps(IterableDataset[StepRows]):
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         reader = StreamReader(self._source, self._state, self._rank, self._world_size)
-        step = 0
-        while True:
-            mine = step % num_workers == worker
-            positions = reader.state.positions
-            taken = list(reader.rows(self._config.training.batch_size, read=mine))
-            if mine:
-                numbers, rows = [number for number, _ in taken], [row for _, row in taken if row is not None]
-                data, total = self._config.data, self._config.training.tokens
-                rule = replace(self._rule, rate=rate_at(positions, total, data.mask_rate, data.final_mask_rate))
-                yield StepRows(make_batch(rows, numbers, rule, self._config.seed, "train"), reader.state)
-            step += 1
+        training, length = self._config.training, self._config.data.sequence_length
+        most = max(1, _BLOCK_POSITIONS * self._world_size // (training.batch_size * length))
+        # Blocks grow: the first step is soon there, and few steps, as a test or a short resume wants, cost little.
+        for steps in chain((2**n for n in range(most.bit_length() - 1)), repeat(most)):
+            yield from self._block(reader, steps, worker, num_workers)
+
+    def _block(self, reader: StreamReader, steps: int, worker: int, num_workers: int) -> list[StepRows]:
+        """The next steps of this worker, made together."""
+        data, training = self._config.data, self._config.training
+        taken, states, rates = list[Taken](), list[StreamState](), list[float]()
+        for _ in range(steps):
+            for other in range(num_workers):
+                positions = reader.positions
+                part = reader.take(training.batch_size)
+                if other == worker:
+                    taken.append(part)
+                    states.append(reader.state)
+                    rates.append(rate_at(positions, training.tokens, data.mask_rate, data.final_mask_rate))
+        rows = len(taken[0].numbers)
+        shape, of_rows = (rows * steps, data.sequence_length), np.repeat(rates, rows)
+        block = read_batch(reader, Taken.joined(taken), shape, self._rule, (self._config.seed, "train"), of_rows)
+        return [StepRows(*pair) for pair in zip(block.split(rows), states, strict=True)]
 
 
 def _ignore_signals(_: int) -> None:
@@ -160,14 +178,11 @@ def validation_batches(
     rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
     total = min(config.training.validation_rows, rows_in_epoch)
     reader = StreamReader(source, StreamState.start(1))
-    taken = [
-        (number, row)
-        for number, row in reader.rows(total)
-        if row is not None and number % world_size == rank % world_size
-    ]
     share = -(-total // world_size)
-    filler = Row(np.zeros(config.data.sequence_length, dtype=np.int64), [], 0)
-    taken += [(0, filler)] * (share - len(taken))
     for start in range(0, share, rows_per_batch):
-        numbers, rows = zip(*taken[start : start + rows_per_batch], strict=True)
-        yield make_batch(list(rows), list(numbers), rule, config.seed, "valid")
+        wanted = min(rows_per_batch, share - start)
+        taken = reader.take(min(wanted * world_size, total - reader.state.position))
+        taken = taken[taken.numbers % world_size == rank % world_size]
+        rates = np.full(len(taken.numbers), rule.rate)
+        shape = wanted, config.data.sequence_length
+        yield read_batch(reader, taken, shape, rule, (config.seed, "valid"), rates)

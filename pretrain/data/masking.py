@@ -5,6 +5,7 @@ piece, and the rest stay. Special symbols are neither selected nor drawn.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,14 @@ import numpy.typing as npt
 
 from pretrain.batch import IGNORED
 from pretrain.config import DataConfig
-from pretrain.data.counter_random import UInt64, bits, uniform
+from pretrain.data.counter_random import UInt64, more_bits
 from pretrain.data.tokenizer import MASK, Tokenizer
 from pretrain.errors import UserError
 
 Ids = npt.NDArray[np.int64]
+Rates = npt.NDArray[np.float64]
+
+_LOW = np.uint64(2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class MaskingRule:
     ends_word: npt.NDArray[np.bool_] | None = None
     """bool [vocab_size], for `whole_word`: ids after which a word begins: white space."""
 
+    @cached_property
+    def pieces(self) -> Ids:
+        """Ids that may be drawn."""
+        return np.flatnonzero(~self.is_special)
+
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, data: DataConfig) -> "MaskingRule":
         """The rule for a vocabulary.
@@ -49,8 +58,8 @@ class MaskingRule:
         """
         is_special = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
         is_special[list(tokenizer.special_ids)] = True
-        begins_word, ends_word = word_boundaries(tokenizer)
-        if data.mask_unit == "whole_word" and not begins_word.any():
+        of_words = word_boundaries(tokenizer) if data.mask_unit == "whole_word" else (None, None)
+        if of_words[0] is not None and not of_words[0].any():
             raise UserError(
                 "data.mask_unit = whole_word, but no piece of this corpus' vocabulary begins a word (proteins have "
                 "none); use token or span"
@@ -62,8 +71,8 @@ class MaskingRule:
             is_special=is_special,
             unit=data.mask_unit,
             mean_span_length=data.mean_span_length,
-            begins_word=begins_word,
-            ends_word=ends_word,
+            begins_word=of_words[0],
+            ends_word=of_words[1],
         )
 
 
@@ -81,39 +90,62 @@ def rate_at(positions: int, total: int, first: float, final: float | None) -> fl
     return first if final is None else first + (final - first) * min(positions / total, 1.0)
 
 
-def mask_rows(ids: Ids, row_keys: UInt64, rule: MaskingRule) -> tuple[Ids, Ids]:
-    """Corrupt rows.
-
-    Args:
-        ids: int64 [B, L]; padding is a special symbol and so stays.
-        row_keys: uint64 [B]; all randomness of a row comes from its key and the column.
-        rule: rates and vocabulary.
+def mask_rows(ids: Ids, row_keys: UInt64, rule: MaskingRule, rates: Rates | None = None) -> tuple[Ids, Ids]:
+    """`mask_in_place` of a copy.
 
     Returns:
         input_ids int64 [B, L], and labels int64 [B, L] with IGNORED where nothing is predicted.
     """
-    # The key first, then the column: so a row's key is mixed once, and only one mixing is done for each position.
-    special = rule.is_special[ids]
-    random = uniform(row_keys[:, None], 0, np.arange(ids.shape[1])[None, :])
-    rows, columns = np.nonzero(_selected(ids, random, special, rule) & ~special)
-    keys, chosen = row_keys[rows], ids[rows, columns]
-    fate = uniform(keys, 1, columns)
-    pieces = np.flatnonzero(~rule.is_special)
-    random_ids = pieces[bits(keys, 2, columns) % np.uint64(len(pieces))]
-    becomes_random = fate < rule.mask_token_share + rule.random_token_share
-    input_ids, labels = ids.copy(), np.full_like(ids, IGNORED)
-    input_ids[rows, columns] = np.where(
-        fate < rule.mask_token_share, MASK, np.where(becomes_random, random_ids, chosen)
-    )
-    labels[rows, columns] = chosen
+    input_ids, labels = ids.copy(), np.empty_like(ids)
+    mask_in_place(input_ids, labels, row_keys, rule, rates)
     return input_ids, labels
 
 
-def _selected(
-    ids: Ids, random: npt.NDArray[np.float64], special: npt.NDArray[np.bool_], rule: MaskingRule
-) -> npt.NDArray[np.bool_]:
-    """bool [B, L]: each position with probability `rate`, in the rule's units; units end at special symbols."""
-    columns = np.arange(ids.shape[1])[None, :]
+def mask_in_place(ids: Ids, labels: Ids, row_keys: UInt64, rule: MaskingRule, rates: Rates | None = None) -> None:
+    """Corrupt rows.
+
+    Args:
+        ids: int64 [B, L], contiguous; padding is a special symbol and so stays.
+        labels: int64 [B, L], contiguous, to be filled: IGNORED where nothing is predicted.
+        row_keys: uint64 [B]; all randomness of a row comes from its key and the column.
+        rule: rates and vocabulary.
+        rates: float64 [B], where rows have rates of their own instead of the rule's.
+    """
+    length = ids.shape[1]
+    # One mixing gives 64 bits, enough for two positions.
+    random = more_bits(row_keys[:, None], 0, np.arange(-(-length // 2))).astype("<u8", copy=False).view("<u4")
+    of_rows = np.array([rule.rate] if rates is None else rates)[:, None]
+    chosen = np.flatnonzero(_selected(ids, random[:, :length], rule, of_rows))
+    flat_ids, flat_labels = ids.reshape(-1), labels.reshape(-1)
+    originals = flat_ids[chosen]
+    is_text = ~rule.is_special[originals]
+    chosen, originals = chosen[is_text], originals[is_text]
+    rows = chosen // length
+    fate = more_bits(more_bits(row_keys, 1)[rows], chosen - rows * length)
+    share = fate & _LOW
+    random_from, random_to = np.cumsum(_of_32_bits([rule.mask_token_share, rule.random_token_share]))
+    becomes_random = np.flatnonzero((share >= random_from) & (share < random_to))
+    draws = (fate[becomes_random] >> np.uint64(32)) * np.uint64(len(rule.pieces)) >> np.uint64(32)
+    flat_labels[:] = IGNORED
+    flat_labels[chosen] = originals
+    originals[share < random_from] = MASK
+    originals[becomes_random] = rule.pieces[draws]
+    flat_ids[chosen] = originals
+
+
+def _of_32_bits(share: npt.ArrayLike) -> UInt64:
+    """What that share of all 32-bit numbers is below."""
+    return np.rint(np.asarray(share) * 2.0**32).astype(np.uint64)
+
+
+def _selected(ids: Ids, random: npt.NDArray[np.uint32], rule: MaskingRule, rates: Rates) -> npt.NDArray[np.bool_]:
+    """bool [B, L]: each position with its probability, in the rule's units; units end at special symbols.
+
+    Special symbols may be among them. `rates` is [B, 1] or [1, 1].
+    """
+    if rule.unit == "token":
+        return random < np.minimum(_of_32_bits(rates), _LOW).astype(np.uint32)  # 64 bits would be slower
+    columns, special = np.arange(ids.shape[1])[None, :], rule.is_special[ids]
     if rule.unit == "whole_word":
         assert rule.begins_word is not None
         assert rule.ends_word is not None
@@ -121,15 +153,13 @@ def _selected(
         begins[:, 1:] |= (special | rule.ends_word[ids])[:, :-1]
         begins[:, 0] = True
         first = np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
-        return np.take_along_axis(random, first, axis=1) < rule.rate
-    if rule.unit == "span":
-        # A chain of two states whose share of selected is `rate` and whose runs last `mean_span_length`: a small number
-        # begins a run or goes on with it, a large one ends it, and one between leaves the state as it is. A special
-        # symbol draws its state anew, so a run never leads from one document into the next.
-        begin = rule.rate / (rule.mean_span_length * (1 - rule.rate))
-        end = 1 - 1 / rule.mean_span_length
-        fresh = special | (columns == 0)
-        decided = fresh | (random < begin) | (random >= end)
-        state = np.where(fresh, random < rule.rate, random < begin)
-        return np.take_along_axis(state, np.maximum.accumulate(np.where(decided, columns, 0), axis=1), axis=1)
-    return random < rule.rate
+        return np.take_along_axis(random, first, axis=1) < _of_32_bits(rates)
+    # A chain of two states whose share of selected is `rate` and whose runs last `mean_span_length`: a small number
+    # begins a run or goes on with it, a large one ends it, and one between leaves the state as it is. A special
+    # symbol draws its state anew, so a run never leads from one document into the next.
+    begin = _of_32_bits(rates / (rule.mean_span_length * (1 - rates)))
+    end = _of_32_bits(1 - 1 / rule.mean_span_length)
+    fresh = special | (columns == 0)
+    decided = fresh | (random < begin) | (random >= end)
+    state = np.where(fresh, random < _of_32_bits(rates), random < begin)
+    return np.take_along_axis(state, np.maximum.accumulate(np.where(decided, columns, 0), axis=1), axis=1)

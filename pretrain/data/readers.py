@@ -22,6 +22,7 @@ from pretrain.data.remote import fetch_raw
 from pretrain.data.tokenizer import RESIDUES
 from pretrain.data.verified import default_cache
 from pretrain.errors import UserError
+from pretrain.redaction import redact
 
 SUFFIXES: dict[str, Format] = {".txt": "text", ".jsonl": "jsonl", ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta"}
 SUFFIXES |= {".parquet": "parquet", ".tar": "webdataset"}
@@ -36,7 +37,7 @@ _Line = tuple[int, int, bytes]
 
 def source_name(source: SourceConfig) -> str:
     """What the corpus calls the source."""
-    return source.name or Path(source.path).name
+    return source.name or redact(Path(source.path).name)
 
 
 def find_inputs(source: SourceConfig) -> list[InputFile]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from pretrain.data.manifest import MANIFEST, TOKEN_COUNTS, TOKENIZER, ShardEntry
 from pretrain.errors import UserError
@@ -47,9 +47,25 @@ def open_url(url: str, timeout_s: float) -> BinaryIO:
     """The bytes of a URL: http and https by the standard library, s3, gs and others by fsspec."""
     if url.startswith(("http://", "https://")):
         return cast(BinaryIO, urllib.request.urlopen(url, timeout=timeout_s))
+    return cast(BinaryIO, _file_system(url)[0].open(url, "rb"))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises:
+        UserError: it needs a package that is not installed, or nobody knows such URLs.
+    """
     import fsspec
 
-    return cast(BinaryIO, fsspec.open(url, "rb").open())
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    except ImportError as error:
+        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(url.partition("://")[0])
+        what = f"the package {package}: run `pip install {package}`" if package else f"another package: {error}"
+        raise UserError(f"{url} needs {what}") from error
+    except ValueError as error:
+        raise UserError(f"{url} is of a kind that fsspec does not know: {error}") from error
 
 
 def fetch(url: str, target: Path, rule: FetchRule, sha256: str | None = None) -> None:
@@ -75,6 +91,8 @@ def fetch(url: str, target: Path, rule: FetchRule, sha256: str | None = None) ->
             if error.code in (401, 403, 404, 410):
                 raise NotThereError(f"{url}: {error}") from error
             failure = str(error)
+        except UserError:
+            raise
         except FileNotFoundError as error:
             raise NotThereError(f"{url}: {error}") from error
         except Exception as error:  # noqa: BLE001 - each file system of fsspec has exceptions of its own
@@ -200,10 +218,8 @@ def fetch_raw(url: str, cache: Path) -> list[Path]:
     folder = cache / "raw" / hashlib.sha256(url.encode()).hexdigest()[:16]
     urls = [url]
     if not url.startswith(("http://", "https://")):
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(url)
-        urls = [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
+        system, pattern = _file_system(url)
+        urls = [system.unstrip_protocol(found) for found in sorted(system.glob(pattern))]
     paths = [folder / each.split("?")[0].rstrip("/").rpartition("/")[2] for each in urls]
     try:
         for each, path in zip(urls, paths, strict=True):

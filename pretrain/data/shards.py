@@ -5,6 +5,7 @@ of a document lie in the tar, and they are read from there.
 """
 
 import io
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,13 @@ class DamagedShardError(UserError):
 
 
 class Shard:
-    """A verified shard, open for reading; `lengths` are its documents' numbers of tokens, `sources` the manifest's
-    numbers of their sources, both int64 [samples].
+    """A verified shard, open for reading.
+
+    Attributes:
+        ids: the whole file, seen as ids; only what belongs to a document means anything.
+        firsts: int64 [samples]: place of each document's first id in `ids`.
+        lengths: int64 [samples]: how many ids each document has.
+        sources: int64 [samples]: number of each document's source in the manifest.
     """
 
     def __init__(
@@ -133,24 +139,20 @@ class Shard:
                 "`diptych data build` again: it makes the same bytes from the same sources. With data.on_corrupt=skip "
                 "the run goes on without it"
             )
-        self._dtype = np.dtype(token_dtype)
+        dtype = np.dtype(token_dtype)
         index = np.load(corpus / entry.index_path, allow_pickle=False)
-        if problem := _index_problem(index, entry, self._dtype):
+        if problem := _index_problem(index, entry, dtype):
             raise DamagedShardError(f"{corpus / entry.index_path} {problem}; make the corpus again")
-        self._offsets, self.lengths = index[:, 0].tolist(), index[:, 1].copy()
+        self.firsts, self.lengths = index[:, 0] // dtype.itemsize, index[:, 1].copy()
         self.sources = index[:, 2].copy() if index.shape[1] > 2 else np.zeros(len(index), dtype=np.int64)
-        self._num_tokens: list[int] = self.lengths.tolist()
-        self._bytes = np.asarray(np.memmap(corpus / entry.path, dtype=np.uint8, mode="r"))
+        with (corpus / entry.path).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.ids = np.frombuffer(mapped, dtype, entry.bytes // dtype.itemsize)
 
-    def num_tokens(self, sample: int) -> int:
-        """Ids of one document."""
-        return self._num_tokens[sample]
-
-    def tokens(self, sample: int, start: int, stop: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def tokens(self, sample: int, start: int, stop: int) -> npt.NDArray[np.integer[Any]]:
         """Ids [start:stop) of one document, read from the tar and nothing else."""
-        begin = self._offsets[sample] + start * self._dtype.itemsize
-        end = begin + (stop - start) * self._dtype.itemsize
-        return self._bytes[begin:end].view(self._dtype)
+        first = self.firsts[sample]
+        return self.ids[first + start : first + stop]
 
 
 def _index_problem(index: npt.NDArray[Any], entry: ShardEntry, dtype: np.dtype[Any]) -> str | None:

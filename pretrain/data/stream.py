@@ -11,8 +11,9 @@ each phase of the run so far.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ import numpy.typing as npt
 from pretrain.data.counter_random import permutation
 from pretrain.data.manifest import Manifest, ShardEntry, Split
 from pretrain.data.packing import PackingRule, RowPlan, plan_rows, remaining_spans, repeats_of, whole_documents
+from pretrain.data.rows import Ints, Rows, Visit, read_rows
 from pretrain.data.shard_access import ShardAccess
 from pretrain.data.shards import DamagedShardError, Shard
-from pretrain.data.tokenizer import BOS, EOS, PAD
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
 
@@ -90,18 +91,6 @@ class StreamState:
         return StreamState(self.position, self.positions, **fields)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row before masking: documents, or pieces of them, then padding."""
-
-    ids: npt.NDArray[np.int64]
-    """int64 [L]."""
-    begins: list[int]
-    """The column in which each document begins."""
-    length: int
-    """Positions that are not padding."""
-
-
 class RowSource:
     """The shards of one split, as visits: which shard comes when, cut and packed into which rows.
 
@@ -122,7 +111,8 @@ class RowSource:
         self._seed, self._rules, self._shards = seed, rules, shards or ShardAccess()
         if not self._entries:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._orders: dict[int, Ints] = {}
+        """Of the epochs in which the streams are, by number."""
 
     @property
     def num_shards(self) -> int:
@@ -140,9 +130,10 @@ class RowSource:
 
     def _number(self, dealt: int) -> int:
         epoch, card = divmod(dealt, len(self._entries))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(len(self._entries), self._seed, _SHARDS, epoch)
-        return int(self._order[1][card])
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e > epoch - 3}
+            self._orders[epoch] = permutation(len(self._entries), self._seed, _SHARDS, epoch)
+        return int(self._orders[epoch][card])
 
     def open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan]:
         """The shard of visit number `dealt`, verified, and its rows in order, in the phase at hand.
@@ -203,29 +194,34 @@ class RowSource:
                 spans = remaining_spans(earlier, rows[phase])
         return plan_rows(spans, self._rules[-1], self._seed, _ROWS, dealt, len(rows) - 1)
 
-    def read(self, shard: Shard, plan: RowPlan, row: int) -> Row:
-        """One row's ids, with begin and end symbols, padded."""
-        ids = np.full(self.sequence_length, PAD, dtype=np.int64)
-        begins, column = [], 0
-        pieces = slice(plan.bounds[row], plan.bounds[row + 1])
-        of_pieces = (numbers[pieces].tolist() for numbers in (plan.samples, plan.starts, plan.lengths))
-        for sample, start, length in zip(*of_pieces, strict=True):
-            begins.append(column)
-            end = column + length
-            num_ids = shard.num_tokens(sample)
-            first, last = max(start - 1, 0), min(start + length - 1, num_ids)
-            if start == 0:
-                ids[column] = BOS
-            begin = column + first + 1 - start
-            ids[begin : begin + last - first] = shard.tokens(sample, first, last)
-            if start + length == num_ids + 2:
-                ids[end - 1] = EOS
-            column = end
-        return Row(ids, begins, column)
+
+@dataclass(frozen=True)
+class Taken:
+    """Rows that a reader went past, by where they stand; every field is int64 [rows]."""
+
+    numbers: Ints
+    """Global row numbers."""
+    visits: Ints
+    """Numbers of the visits, over all streams."""
+    rows: Ints
+    """Numbers of the rows in their visits."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["Taken"]) -> "Taken":
+        """One after another."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def __getitem__(self, chosen: npt.NDArray[np.bool_]) -> "Taken":
+        """Some of them."""
+        return Taken(self.numbers[chosen], self.visits[chosen], self.rows[chosen])
 
 
 class StreamReader:
-    """The rows of those streams that one rank reads: s = rank mod world size."""
+    """The rows of those streams that one rank reads: s = rank mod world size.
+
+    `take` moves on and reads no token; `read` gives what was taken. So the workers that share a rank's streams all go
+    the same way, each reads its part, and many rows are read at once.
+    """
 
     def __init__(self, source: RowSource, state: StreamState, rank: int = 0, world_size: int = 1) -> None:
         assert len(state.visits) % world_size == 0, "the config check lets only divisors of the streams through"
@@ -233,55 +229,77 @@ class StreamReader:
         self._streams = len(state.visits)
         self._position, self._positions = state.position, state.positions
         self._visits, self._rows, self._lost = state.visits.copy(), state.rows.copy(), state.lost.copy()
-        self._at_hand: dict[int, tuple[Shard, RowPlan]] = {}
+        self._sizes = np.zeros(self._streams, dtype=np.int64)
+        """Rows of the visit at hand; 0 where it is not open yet."""
+        self._open: dict[int, Visit] = {}
+        """By number: the visits at hand, and those of which rows were taken since the last `read`."""
 
     @property
     def state(self) -> StreamState:
-        """After the last row that `rows` gave. Entries of other ranks' streams are theirs to report."""
+        """After the last row that was taken. Entries of other ranks' streams are theirs to report."""
         return StreamState(self._position, self._positions, self._visits.copy(), self._rows.copy(), self._lost.copy())
 
     @property
-    def own_streams(self) -> npt.NDArray[np.int64]:
-        """Numbers of the streams that this rank reads."""
-        return np.arange(self._rank, self._streams, self._world_size)
+    def positions(self) -> int:
+        """Of all rows that were taken, padding included."""
+        return self._positions
 
-    def rows(self, count: int, read: bool = True) -> Iterator[tuple[int, Row | None]]:
-        """Move on by `count` global rows and give those of this rank as (global row number, row).
-
-        With `read=False` the rows are only counted, which costs next to nothing: that is how several workers share
-        a rank's streams and still keep one order.
-        """
+    def take(self, count: int) -> Taken:
+        """Move on by `count` global rows; gives those of this rank."""
         first, self._position = self._position, self._position + count
         self._positions += count * self._source.sequence_length
-        for number in range(first + (self._rank - first) % self._world_size, first + count, self._world_size):
-            stream = number % self._streams
-            shard, plan = self._open_with_rows_left(stream)
-            row = int(self._rows[stream, -1])
-            self._rows[stream, -1] += 1
-            yield number, self._source.read(shard, plan, row) if read else None
+        numbers = np.arange(first + (self._rank - first) % self._world_size, first + count, self._world_size)
+        streams = numbers % self._streams
+        rows = self._rows[streams, -1] + (numbers - first) // self._streams
+        visits = self._visits[streams] * self._streams + streams
+        ended = rows >= self._sizes[streams]
+        if ended.any():
+            for place in np.flatnonzero(np.isin(streams, streams[ended])).tolist():
+                visits[place], rows[place] = self._take_one(int(streams[place]))
+        self._rows[streams, -1] = rows + 1  # of a stream that has several rows here, the last is written last
+        return Taken(numbers, visits, rows)
 
-    def _open_with_rows_left(self, stream: int) -> tuple[Shard, RowPlan]:
-        """The shard at hand. A damaged one has no rows, on every rank and worker that opens it, now or after a resume:
-        so its stream goes on with the next, and no rank waits for another.
+    def read(self, taken: Taken, rows: Rows) -> None:
+        """Fill `rows` with rows that were taken since the last `read`, in their order."""
+        order = np.lexsort((taken.rows, taken.visits))
+        visits, numbers = taken.visits[order], taken.rows[order]
+        bounds = [0, *(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]
+        parts = [(self._open[int(visits[a])], numbers[a:b], order[a:b]) for a, b in pairwise(bounds)]
+        read_rows(parts, rows)
+        at_hand = set((self._visits * self._streams + np.arange(self._streams)).tolist())
+        self._open = {number: visit for number, visit in self._open.items() if number in at_hand}
+
+    def _take_one(self, stream: int) -> tuple[int, int]:
+        """Visit and number of a stream's next row.
+
+        A damaged shard has no rows, on every rank and worker that opens it, now or after a resume: so its stream goes
+        on with the next, and no rank waits for another.
         """
-        opened = self._at_hand.get(stream) or self._open(stream)
         visits_left = 2 * self._source.num_shards
-        while opened is None or self._rows[stream, -1] >= len(opened[1]):
-            if opened is None:
-                self._lost[stream] += self._source.samples_after(self._dealt(stream), self._rows[stream].tolist())
+        while (visit := self._at_hand(stream)) is None or self._rows[stream, -1] >= visit.num_rows:
+            number, rows = self._number(stream), self._rows[stream].tolist()
+            self._lost[stream] += self._source.samples_after(number, rows) if visit is None else 0
             visits_left -= 1
             if not visits_left:
                 raise UserError("none of the shards that are left has a row to give; run `diptych data verify`")
             self._visits[stream] += 1
             self._rows[stream] = 0
-            opened = self._open(stream)
-        if stream not in self._at_hand or opened is not self._at_hand[stream]:
-            self._source.fetch_ahead(self._dealt(stream) + self._streams)
-        self._at_hand[stream] = opened
-        return opened
+        self._sizes[stream] = visit.num_rows
+        row = int(self._rows[stream, -1])
+        self._rows[stream, -1] += 1
+        return self._number(stream), row
 
-    def _dealt(self, stream: int) -> int:
+    def _at_hand(self, stream: int) -> Visit | None:
+        """The visit at hand; None if its shard is damaged."""
+        number = self._number(stream)
+        if number not in self._open:
+            opened = self._source.try_open(number, self._rows[stream].tolist())
+            if opened is None:
+                return None
+            self._source.fetch_ahead(number + self._streams)
+            self._open[number] = Visit(*opened)
+        return self._open[number]
+
+    def _number(self, stream: int) -> int:
+        """Of the visit at hand, over all streams."""
         return int(self._visits[stream]) * self._streams + stream
-
-    def _open(self, stream: int) -> tuple[Shard, RowPlan] | None:
-        return self._source.try_open(self._dealt(stream), self._rows[stream].tolist())

@@ -34,6 +34,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.config, self.window = config, window
+        self.query_scale = 1.0
+        """Multiplies the queries, and so every score; the evaluation sets it for rows longer than trained on."""
         self.qkv = nn.Linear(config.hidden_size, 3 * config.attention_size, bias=False)
         self.output = nn.Linear(config.attention_size, config.hidden_size, bias=False)
         # One norm for all (sub-)heads: the triangles stay exchangeable.
@@ -48,7 +50,7 @@ class SelfAttention(nn.Module):
             q, k = (_on_sub_heads(norm, t, config) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if rotary is not None:
             q, k = (_on_sub_heads(partial(rotate, table=rotary), t, config) for t in (q, k))
-        return q, k, v
+        return (q if self.query_scale == 1 else q * self.query_scale), k, v
 
 
 def _on_sub_heads(f: Callable[[Tensor], Tensor], x: Tensor, config: ModelConfig) -> Tensor:
@@ -223,6 +225,8 @@ class MaskedLanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.z_loss = config.z_loss
+        # The output multiplier of arXiv 2203.03466, table 8; on the hidden states, of which there are fewer.
+        self.output_scale = 1 / config.width_ratio
         self.encoder = Encoder(config, vocab_size)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
@@ -236,7 +240,8 @@ class MaskedLanguageModel(nn.Module):
                 continue
             into_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
             scale = (2 * config.num_layers) ** -0.5 if into_residual and config.depth_scaled_init else 1.0
-            nn.init.normal_(parameter, std=config.initial_std * scale)
+            outer = "embedding" in name or name == "head.weight"
+            nn.init.normal_(parameter, std=(config.embedding_std if outer else config.initial_std) * scale)
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """Score a batch.
@@ -247,7 +252,7 @@ class MaskedLanguageModel(nn.Module):
         """
         hidden = self.encoder(batch.input_ids, layout)
         masked = batch.labels != IGNORED
-        logits = self.head(hidden[masked]).float()
+        logits = self.head(hidden[masked] * self.output_scale).float()
         labels = batch.labels[masked]
         losses = F.cross_entropy(logits, labels, reduction="none")
         if self.z_loss and self.training:

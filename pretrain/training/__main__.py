@@ -1,37 +1,54 @@
 """One rank of a run: `python -m pretrain.training RUN_FOLDER`, with RANK and WORLD_SIZE in the environment."""
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 
-from pretrain.errors import EXIT_FAILED, EXIT_WRONG_INPUT, UserError
-from pretrain.training.processes import StopRequest, die_with_launcher, join_ranks
+from pretrain.errors import EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT, UserError
+from pretrain.redaction import RedactingFormatter, redact
+from pretrain.training.attempt import Attempt, SupersededError
+from pretrain.training.processes import StopRequest, die_with_launcher, hold_run, join_ranks
+from pretrain.training.watchdog import end_of
+
+COLLECTIVE_MARGIN_S = 120.0
+"""A collective fails by itself so long after the watchdog would have ended the run."""
 
 
 def main(run_folder: str) -> int:
     """Train the run in `run_folder`; returns the exit code."""
     die_with_launcher()
     stop_request = StopRequest()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr, datefmt="%H:%M:%S"
-    )
+    faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT)  # `kill -QUIT` shows what a rank is doing, and lets it go on
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(RedactingFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    from pretrain.config import load_config
-    from pretrain.training.trainer import Trainer
-
+    attempt: Attempt | None = None
     try:
-        config = load_config(str(Path(run_folder) / "config.yaml"))
-        rank, world_size, device = join_ranks()
-        return Trainer(config, rank, world_size, device, stop_request).train()
+        from pretrain.config import load_config
+        from pretrain.training.run_folder import with_secrets
+        from pretrain.training.trainer import Trainer
+
+        config = with_secrets(load_config(str(Path(run_folder) / "config.yaml")))
+        limits = config.supervision
+        rank, world_size, device = join_ranks(max(limits.silence_s, limits.long_silence_s) + COLLECTIVE_MARGIN_S)
+        with hold_run(config.run_folder, rank) as attempt:
+            return Trainer(config, rank, world_size, device, stop_request).train()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except SupersededError as end:
+        logging.error("%s", end)
+        return EXIT_SUPERSEDED
     except Exception:
         logging.exception("this rank failed")
-        return EXIT_FAILED
+        # Where a watchdog has ended another rank, this is only the echo.
+        return EXIT_RESUME_ME if attempt and end_of(attempt) else EXIT_FAILED
 
 
 if __name__ == "__main__":

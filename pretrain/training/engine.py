@@ -157,6 +157,8 @@ class Engine:
         """Go on with the batch size and the rotary base of `config`; weights and moments stay."""
         self.config = config
         self._deepspeed.set_train_batch_size(accumulation_steps(config, world_size) * world_size)
+        # DeepSpeed counts micro-batches since its start, and takes every n-th as the last of a step.
+        self._deepspeed.micro_steps = 0
         theta = config.model.rotary_theta
         self._encoder.rotary_theta = None if theta == self._encoder.config.rotary_theta else theta
 
@@ -180,9 +182,9 @@ class Engine:
         return float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else math.nan
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """For the next step, in every group."""
+        """For the next step, in every group times the group's own factor."""
         for group in self.zero.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
 
     def set_optimizer_steps(self, steps: int) -> None:
         """AdamW's own step count, which its bias correction needs."""

@@ -5,6 +5,7 @@ Until then a step's sums stay on the device, so that recording costs no synchron
 
 import json
 import os
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.files import write_text
 from pretrain.training.flops import FlopsPerToken
+
+KEPT_BEFORE = 512
+"""Records of earlier steps that a start may look at."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class StepRecord:
     grad_norm: float
     seconds: float
     sums: Tensor
+    loss: float | None = None
+    """Of the whole step, where it was known before the optimizer moved."""
+    skipped: str | None = None
+    """Why the optimizer did not move, if it did not."""
 
 
 class Metrics:
@@ -50,23 +59,36 @@ class Metrics:
         self._folder, self._peak, self._rank = folder, peak, rank
         self.flops = flops
         self._pending: list[StepRecord] = []
-        if rank == 0:
-            _drop_after(folder / "metrics.jsonl", step)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self.before: list[dict[str, Any]] = []
+        """The last records that were there already (rank 0)."""
+        self._begin_after(step)
+
+    def _begin_after(self, step: int) -> None:
+        """The file is replaced, so that what an older attempt still writes goes nowhere."""
+        if self._rank == 0:
+            self.before = _drop_after(self._folder / "metrics.jsonl", step)[-KEPT_BEFORE:]
+            self._file = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = SummaryWriter(self._folder / "tensorboard", purge_step=step + 1)
+
+    def go_back_to(self, step: int) -> None:
+        """Drop what was recorded after `step`: the run continues from there."""
+        self._pending = []
+        self.close()
+        self._begin_after(step)
 
     def add(self, record: StepRecord) -> None:
         """Keep a step's record until the next flush."""
         self._pending.append(record)
 
-    def flush(self) -> dict[str, Any] | None:
-        """Sum over ranks and write; collective. Returns the last step's record, with speeds over all flushed steps."""
+    def flush(self, own_seconds: float) -> list[dict[str, Any]]:
+        """Sum over ranks and write; collective. Returns the records, the last with speeds over all of them.
+
+        `own_seconds` is what this rank needed for these steps by itself, see `OwnTime`.
+        """
         if not self._pending:
-            return None
+            return []
         records, self._pending = self._pending, []
-        sums = torch.stack([record.sums for record in records])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        sums, own = self._gather(torch.stack([record.sums for record in records]), own_seconds)
         seconds = max(sum(r.seconds for r in records), 1e-9)
         tokens, masked = sum(r.tokens for r in records), sum(r.masked for r in records)
         rate = masked / max(tokens, 1)
@@ -75,12 +97,12 @@ class Metrics:
         if self._peak:
             as_full = tokens * self.flops.total_as_full(rate) / seconds
             speed |= {"mfu": flops_per_s / self._peak, "mfu_triangles_as_full": as_full / self._peak}
-        last: dict[str, Any] = {}
-        for record, (loss_sum, correct) in zip(records, sums.tolist(), strict=True):
-            last = {
+        written: list[dict[str, Any]] = []
+        for record, (loss_sum, correct) in zip(records, sums, strict=True):
+            last: dict[str, Any] = {
                 "step": record.step,
                 "tokens": record.tokens_seen,
-                "loss": loss_sum / max(record.masked, 1),
+                "loss": loss_sum / max(record.masked, 1) if record.loss is None else record.loss,
                 "masked_accuracy": correct / max(record.masked, 1),
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
@@ -90,11 +112,28 @@ class Metrics:
             }
             if record.samples_lost:
                 last["samples_lost"] = record.samples_lost
+            if record.skipped:
+                last["skipped"] = record.skipped
+            if record is records[-1] and len(own) > 1:
+                last |= slowest(own)
             self._write(last)
+            written.append(last)
         last |= speed
         self._scalars("train", last)
         self._flush_file()
-        return last
+        return written
+
+    def _gather(self, sums: Tensor, own_seconds: float) -> tuple[list[list[float]], list[float]]:
+        """Sums over ranks, and every rank's own seconds; one all-reduce."""
+        if not dist.is_initialized():
+            return sums.tolist(), [own_seconds]
+        world_size = dist.get_world_size()
+        seconds = torch.zeros(world_size)
+        seconds[self._rank] = own_seconds
+        both = torch.cat([sums.flatten(), seconds.to(sums.device)])
+        dist.all_reduce(both)
+        flat = both.tolist()
+        return [flat[k : k + 2] for k in range(0, sums.numel(), 2)], flat[sums.numel() :]
 
     def validation(self, step: int, tokens: int, loss: float, masked_accuracy: float) -> None:
         """Record a validation."""
@@ -114,7 +153,7 @@ class Metrics:
 
     def _scalars(self, group: str, record: dict[str, Any]) -> None:
         if self._rank == 0:
-            for key in record.keys() - {"step", "rows_checksum", "seconds", "masked"}:
+            for key in record.keys() - {"step", "rows_checksum", "seconds", "masked", "skipped", "slowest_rank"}:
                 self._board.add_scalar(f"{group}/{key}", record[key], record["step"])
 
     def _flush_file(self) -> None:
@@ -141,11 +180,39 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def slowest(own: list[float]) -> dict[str, Any]:
+    """The rank that needed the longest by itself, and how many times the median of the others that was."""
+    rank = max(range(len(own)), key=own.__getitem__)
+    others = statistics.median(own[:rank] + own[rank + 1 :])
+    return {"slowest_rank": rank, "slowest_by": round(own[rank] / max(others, 1e-9), 3)}
+
+
+class Straggler:
+    """Tells when the same rank has been much slower than the others for a while."""
+
+    FACTOR, TIMES = 1.5, 5
+
+    def __init__(self) -> None:
+        self._rank: int | None = None
+        self._times = 0
+
+    def look(self, record: dict[str, Any]) -> str | None:
+        """Given each flushed record; a line when it is the `TIMES`th in a row to name the same rank."""
+        slow = record["slowest_rank"] if record.get("slowest_by", 0) >= self.FACTOR else None
+        self._times = self._times + 1 if slow == self._rank else 1
+        self._rank = slow
+        if slow is None or self._times != self.TIMES:
+            return None
+        return (
+            f"rank {slow} is slow: for reading rows and its forward passes it needs {record['slowest_by']:.1f} times "
+            "what the others need; they wait for it in every step"
+        )
 
 
 class Stopwatch:

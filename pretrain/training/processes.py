@@ -7,10 +7,16 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import EXIT_FAILED
+from pretrain.errors import EXIT_FAILED, UserError
+from pretrain.training.attempt import VARIABLE, Attempt, agree_on_attempt
+from pretrain.training.interface import interface_towards
+from pretrain.training.run_lock import run_lock
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +52,10 @@ class StopRequest:
         return self.signal_name is not None
 
 
-def join_ranks() -> tuple[int, int, "torch.device"]:
+def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:
     """Meet the other ranks, by the variables that torchrun, Slurm scripts and our own launcher set.
+
+    What waits for another rank for longer than `timeout_s` fails: here, and in every collective.
 
     Returns:
         Rank, world size, and the device of this rank.
@@ -60,8 +68,53 @@ def join_ranks() -> tuple[int, int, "torch.device"]:
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    master = os.environ.get("MASTER_ADDR")
+    if master and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(master)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
     return rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+@contextmanager
+def hold_run(run_folder: Path, rank: int) -> Iterator[Attempt]:
+    """Where no launcher of ours has locked the run (torchrun, Slurm): rank 0 locks it and takes the attempt.
+
+    From then on each rank's output goes to the attempt's log in the run folder; what comes before is where the ranks
+    were started from. Collective.
+
+    Raises:
+        UserError: on every rank, if the run is being trained already.
+    """
+    if VARIABLE in os.environ:
+        yield agree_on_attempt(run_folder)
+        return
+    import torch.distributed as dist
+
+    with ExitStack() as held:
+        problem: list[str | None] = [None]
+        if rank == 0:
+            try:
+                held.enter_context(run_lock(run_folder))
+            except UserError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        attempt = agree_on_attempt(run_folder)
+        os.environ[VARIABLE] = str(attempt.number)
+        _send_output_to(attempt.log(rank))
+        yield attempt
+
+
+def _send_output_to(log: Path) -> None:
+    print(f"this rank's log: {log}", file=sys.stderr, flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        sys.stdout.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)

@@ -1,7 +1,7 @@
 """The run folder: which run it holds, and the files in it that say how the run is doing.
 
 runs/NAME/  config.yaml  environment.json  metrics.jsonl  status.json
-            checkpoints/  evaluation/  logs/  tensorboard/
+            attempts/  checkpoints/  evaluation/  logs/  tensorboard/
 """
 
 import os
@@ -14,9 +14,37 @@ from pretrain.config import RunConfig, changes, falsifying, load_config, to_yaml
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
-from pretrain.training.checkpoint import list_checkpoints, load_state
+from pretrain.redaction import HIDDEN, redact
+from pretrain.training.checkpoint import newest_state
 
 CONFIG = "config.yaml"
+CORPUS_URL = "DIPTYCH_CORPUS_URL"
+"""The environment variable by which ranks get a `corpus.url` that holds a password or token: config.yaml does not."""
+
+
+def public(config: RunConfig) -> RunConfig:
+    """The config as it may be written: no passwords and tokens in its URLs."""
+    corpus = config.corpus
+    sources = [source.model_copy(update={"path": redact(source.path)}) for source in corpus.sources]
+    update = {"url": corpus.url and redact(corpus.url), "sources": sources}
+    return config.model_copy(update={"corpus": corpus.model_copy(update=update)})
+
+
+def with_secrets(config: RunConfig) -> RunConfig:
+    """A config that was read from a run folder, with the URL that was left out there.
+
+    Raises:
+        UserError: it is not in the environment.
+    """
+    url = config.corpus.url
+    if url is None or HIDDEN not in url:
+        return config
+    whole = os.environ.get(CORPUS_URL)
+    if whole is None or redact(whole) != url:
+        raise UserError(
+            f"config.yaml holds corpus.url without its password or token ({url}); set {CORPUS_URL} to the whole URL"
+        )
+    return config.model_copy(update={"corpus": config.corpus.model_copy(update={"url": whole})})
 
 
 def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collection[str] = ()) -> list[str]:
@@ -32,7 +60,7 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     saved_config = folder / CONFIG
     lines = []
     if saved_config.is_file():
-        differences = changes(load_config(str(saved_config)), config)
+        differences = changes(load_config(str(saved_config)), public(config))
         refused = [key for key in falsifying(differences) if key not in allow_change]
         if refused:
             listed = "\n".join(f"  {key}: {differences[key][0]} there, {differences[key][1]} now" for key in refused)
@@ -44,16 +72,17 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no run folder (it has no {CONFIG}); choose another name (name=...)")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if checkpoints:
-        state = load_state(checkpoints[-1])
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    state = newest_state(folder / "checkpoints")
+    if state is not None:
         if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
             raise UserError(
                 f"{folder} was trained on another corpus than {config.corpus.path} is now (its fingerprint differs); "
                 "restore that corpus, choose another name (name=...), or start its data over with --allow-change corpus"
             )
         lines.insert(0, f"resuming {folder} at step {state.step}")
-    write_text(saved_config, to_yaml(config))
+    write_text(saved_config, to_yaml(public(config)))
     return lines
 
 

@@ -1,6 +1,9 @@
 """The arithmetic of one optimizer step: what all ranks agree on first, then forward, backward and update."""
 
+import math
+import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +14,44 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.engine import Engine
+
+
+class OwnTime:
+    """Seconds that a rank spends on its own, not waiting for others: reading rows, and its forward passes.
+
+    On a GPU these are measured by events, which are read when the step is over: nothing waits for the device. Under
+    `sharding: full` ranks gather weights from each other in the forward pass too, so there it tells less.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds, self._started = 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """A forward pass begins."""
+        if self._on_gpu:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """It is launched, and on a CPU it is done."""
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    def add(self, seconds: float) -> None:
+        """Spent elsewhere, on the host."""
+        self._seconds += seconds
+
+    def take(self) -> float:
+        """All since the last call, whose steps must be over."""
+        on_gpu = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        seconds, self._seconds, self._events = self._seconds + on_gpu, 0.0, []
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -41,6 +82,14 @@ def agree_on_step(batch: Batch, samples_lost: int, stop_requested: bool) -> Step
     return StepTotals(masked, tokens, checksum, lost, bool(stop))
 
 
+def any_rank(value: bool) -> bool:
+    """Whether it is true on any rank; collective, on the CPU."""
+    flag = torch.tensor(int(value))
+    if dist.is_initialized():
+        dist.all_reduce(flag)
+    return bool(flag)
+
+
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """What torch's generator is seeded with before a micro-batch, so that a resumed run drops the same elements."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
@@ -53,27 +102,38 @@ def train_step(
     micro_batch_size: int,
     world_size: int,
     dropout_key: tuple[int, int, int] | None = None,
+    refuse: Callable[[Tensor], bool] | None = None,
+    clock: "OwnTime | None" = None,
 ) -> Tensor:
     """Forward and backward over the micro-batches of this rank's rows, then the update.
 
     The loss is the sum over masked positions divided by the masked positions of the whole step, over all ranks and
     micro-batches: not a mean of means. ZeRO divides gradients by the number of ranks, hence the factor.
-    `dropout_key` is (seed, step, rank), None without dropout.
+    `dropout_key` is (seed, step, rank), None without dropout. `refuse` is given this rank's sums when all of them are
+    known, and says, on all ranks alike, that the optimizer must not move: then the last gradients are made NaN, which
+    the engine skips at every sharding. `clock` measures the forward passes.
 
     Returns:
         float32 [2] on the device: this rank's summed loss in nats, and its correctly predicted positions.
     """
     sums = torch.zeros(2, device=engine.device)
     scale = world_size / max(totals.masked, 1)
-    for number, micro_batch in enumerate(batch.split(micro_batch_size)):
+    micro_batches = list(batch.split(micro_batch_size))
+    for number, micro_batch in enumerate(micro_batches):
         if dropout_key is not None:
             torch.manual_seed(dropout_seed(*dropout_key, number))
         layout = AttentionLayout.from_batch(micro_batch).to(engine.device)
+        if clock is not None:
+            clock.start()
         losses, correct = engine.forward(micro_batch.to(engine.device), layout)
+        if clock is not None:
+            clock.stop()
         loss = losses.sum()
+        sums += torch.stack((loss.detach(), correct.sum()))
+        if refuse is not None and number == len(micro_batches) - 1 and refuse(sums):
+            scale = math.nan
         engine.backward(loss * scale)
         engine.step()
-        sums += torch.stack((loss.detach(), correct.sum()))
     return sums
 
 

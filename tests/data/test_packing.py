@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from pretrain.config import load_config
 from pretrain.data.corpus import build_corpus
-from pretrain.data.loader import document_columns, training_steps
+from pretrain.data.loader import training_steps
 from pretrain.data.manifest import load_manifest
 from pretrain.data.packing import PackingRule, plan_rows, remaining_spans, whole_documents
-from pretrain.data.stream import Row, RowSource, StreamState
+from pretrain.data.stream import RowSource, StreamState
 from pretrain.data.tokenizer import BOS, EOS
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.run_folder import open_run_folder
 from pretrain.training.trainer import Trainer
+from tests.data.test_stream import ids_of
 from tests.ranks import run_on_ranks
 
 REAL_DATA = Path(os.environ.get("DIPTYCH_DATA", Path(__file__).parents[3] / "shared/data"))
@@ -109,27 +110,23 @@ def test_another_key_packs_other_documents_together():
     assert len(together[0] & together[1]) < 0.2 * len(together[0])
 
 
-def test_documents_of_a_row_are_numbered_and_their_positions_restart():
-    rows = [Row(np.zeros(8, np.int64), [0, 3, 4], 7), Row(np.zeros(8, np.int64), [], 0)]
-    documents, positions = document_columns(rows, 8)
-    assert documents.tolist() == [[1, 1, 1, 2, 3, 3, 3, 0], [0] * 8]
-    assert positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 0], [0] * 8]
-
-
 def test_packed_batches_hold_whole_documents_with_their_symbols(make_config, manifest):
     config = make_config(data={"packing": "packed", "sequence_length": 128})
     source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(128, "packed")])
     shard, plan = source.open(0)
     seen = 0
-    for number in range(len(plan)):
-        row = source.read(shard, plan, number)
-        ends = [*row.begins[1:], row.length]
-        for piece, (begin, end) in enumerate(zip(row.begins, ends, strict=True), start=int(plan.bounds[number])):
-            sample, start = int(plan.samples[piece]), int(plan.starts[piece])
-            whole = [BOS, *shard.tokens(sample, 0, shard.num_tokens(sample)).tolist(), EOS]
-            assert row.ids[begin:end].tolist() == whole[start : start + end - begin]
-            seen += end - begin
-        assert not row.ids[row.length :].any()
+    for number, (ids, documents, positions) in enumerate(zip(*ids_of(shard, plan, range(len(plan)), 128), strict=True)):
+        pieces = range(int(plan.bounds[number]), int(plan.bounds[number + 1]))
+        for document, piece in enumerate(pieces, start=1):
+            sample, start, length = int(plan.samples[piece]), int(plan.starts[piece]), int(plan.lengths[piece])
+            whole = [BOS, *shard.tokens(sample, 0, int(shard.lengths[sample])).tolist(), EOS]
+            assert ids[documents == document].tolist() == whole[start : start + length]
+            assert positions[documents == document].tolist() == list(range(length))
+            seen += length
+        filled = (documents > 0).sum()
+        assert documents[:filled].tolist() == sorted(documents[:filled])
+        assert not ids[filled:].any()
+        assert not positions[filled:].any()
     assert seen == (shard.lengths + 2).sum()
     batch = next(training_steps(config, manifest, StreamState.start(16), 0, 1)).batch
     assert not AttentionLayout.from_batch(batch).one_document_per_row

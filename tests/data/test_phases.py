@@ -40,14 +40,14 @@ def test_a_boundary_inside_a_visit_loses_and_repeats_nothing(make_config, manife
         reader = StreamReader(source, StreamState.from_json(state.to_json()))
         plan = source.open(0, state.rows[0].tolist())[1]
         for row in range(min(count, len(plan))):
-            next(reader.rows(1))
+            reader.take(1)
             assert reader.state.visits[0] == 0
             for piece in range(plan.bounds[row], plan.bounds[row + 1]):
                 start = int(plan.starts[piece])
                 seen.update((int(plan.samples[piece]), start + i) for i in range(plan.lengths[piece]))
         state = reader.state
     assert seen == expected
-    next(reader.rows(1))
+    reader.take(1)
     assert reader.state.visits[0] == 1
     assert reader.state.rows.tolist() == [[0, 0, 1]]
 

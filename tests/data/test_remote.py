@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
@@ -185,3 +186,12 @@ def test_a_source_may_be_a_url(server, tmp_path, monkeypatch):
         find_inputs(SourceConfig(path=f"{server.url}/none.jsonl"))
     memory = SourceConfig(path=f"file://{tmp_path}/*.jsonl")
     assert len(list(read_documents(memory, find_inputs(memory), "error", Counter()))) == 5
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://bucket/a.txt", "s3fs"), ("gs://bucket/a.txt", "gcsfs")])
+def test_a_missing_package_is_named_at_once(tmp_path, monkeypatch, url, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs the package {package}: run `pip install {package}`"):
+        fetch(url, tmp_path / "a.txt", QUICK)
+    with pytest.raises(UserError, match=package):
+        find_inputs(SourceConfig(path=url.replace("a.txt", "*.txt")))

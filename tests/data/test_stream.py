@@ -11,6 +11,7 @@ from pretrain.data.counter_random import bits, permutation, uniform
 from pretrain.data.loader import StepRows, training_steps, validation_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.data.packing import PackingRule
+from pretrain.data.rows import Rows, Visit, read_rows
 from pretrain.data.stream import RowSource, StreamReader, StreamState
 from pretrain.data.tokenizer import BOS, EOS, PAD
 from pretrain.errors import UserError
@@ -25,6 +26,13 @@ def rows_of(steps: list[list[StepRows]]) -> list[bytes]:
             ids, labels = per_rank[number % world_size][number // world_size]
             rows.append(ids.tobytes() + labels.tobytes())
     return rows
+
+
+def ids_of(shard, plan, numbers, length=32):
+    """Rows of a plan as (ids, documents, positions), each int64 [rows, length]."""
+    rows = Rows(*np.empty((3, len(numbers), length), dtype=np.int64))
+    read_rows([(Visit(shard, plan), np.array(numbers), np.arange(len(numbers)))], rows)
+    return rows.ids, rows.document_ids, rows.position_ids
 
 
 def first_steps(config, manifest, count, world_size=1, states=None):
@@ -78,9 +86,9 @@ def test_every_document_is_read_exactly_once_in_every_visit_of_its_shard(make_co
         seen: Counter[bytes] = Counter()
         for visit in range(epoch * source.num_shards, (epoch + 1) * source.num_shards):
             shard, plan = source.open(visit)
-            for row in range(len(plan)):
-                ids = source.read(shard, plan, row)
-                assert (ids.ids[ids.length :] == PAD).all()
+            ids, documents, _ = ids_of(shard, plan, range(len(plan)))
+            assert ((ids == PAD) == (documents == 0)).all()
+            assert ((documents != 0).sum(axis=1) == plan.lengths).all()
             pieces = {(s, t): n for s, t, n in zip(plan.samples, plan.starts, plan.lengths, strict=True)}
             assert len(pieces) == len(plan)
             for sample, length in enumerate(shard.lengths):
@@ -96,7 +104,8 @@ def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest
     shard, plan = source.open(0)
     sample = int(np.argmax(shard.lengths))
     rows = sorted(np.flatnonzero(plan.samples == sample), key=lambda row: plan.starts[row])
-    joined = np.concatenate([(r := source.read(shard, plan, int(row))).ids[: r.length] for row in rows])
+    ids, documents, _ = ids_of(shard, plan, range(len(plan)))
+    joined = np.concatenate([ids[row][documents[row] > 0] for row in rows])
     expected = [BOS, *shard.tokens(sample, 0, int(shard.lengths[sample])).tolist(), EOS]
     assert joined.tolist() == expected
 
@@ -167,10 +176,30 @@ def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
     assert sorted(permutation(1000, 3).tolist()) == list(range(1000))
 
 
-def test_reader_counts_rows_without_reading_them(make_config, manifest):
+def test_rows_that_are_only_counted_move_the_stream_as_rows_that_are_read_do(make_config, manifest):
     config = make_config()
     source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32)])
     counted, read = (StreamReader(source, StreamState.start(16)) for _ in range(2))
-    assert [number for number, row in counted.rows(50, read=False) if row is None] == list(range(50))
-    list(read.rows(50))
+    assert counted.take(50).numbers.tolist() == list(range(50))
+    for count in (7, 1, 42):
+        taken = read.take(count)
+        read.read(taken, Rows(*np.empty((3, count, 32), dtype=np.int64)))
     assert counted.state.to_json() == read.state.to_json()
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed", "concatenated"])
+def test_rows_do_not_depend_on_how_many_are_read_at_once_or_in_which_order(make_config, manifest, packing):
+    config = make_config()
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32, packing)])
+    opened = [source.open(visit) for visit in range(3)]
+    alone = [[ids_of(*visit, [row]) for row in range(20)] for visit in opened]
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        numbers = [np.sort(random.choice(20, random.integers(1, 20), replace=False)) for _ in opened]
+        places = np.split(random.permutation(sum(map(len, numbers))), np.cumsum([len(n) for n in numbers])[:-1])
+        rows = Rows(*np.empty((3, sum(map(len, numbers)), 32), dtype=np.int64))
+        read_rows([(Visit(*o), n, p) for o, n, p in zip(opened, numbers, places, strict=True)], rows)
+        for visit, (of_visit, at) in enumerate(zip(numbers, places, strict=True)):
+            for number, place in zip(of_visit, at, strict=True):
+                for expected, found in zip(alone[visit][number], vars(rows).values(), strict=True):
+                    assert (expected[0] == found[place]).all()

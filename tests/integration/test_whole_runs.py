@@ -126,7 +126,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(project):
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     saved = list_checkpoints(run / "checkpoints")[-1]
     assert "resuming" in diptych(project, "train", "tiny.yaml", "--nproc", "2", "--no-evaluate")
-    assert saved.name in (run / "logs" / "rank-0000.log").read_text()
+    assert saved.name in (run / "logs" / "attempt-0002" / "rank-0000.log").read_text()
     assert [step for step, *_ in losses(run)] == list(range(1, len(losses(run)) + 1))
     assert "tiny" in diptych(project, "runs")
 

@@ -13,10 +13,10 @@ import pytest
 import typer
 
 import launch
-from launch import train
 from launch.cli import main
 from launch.commands.arguments import resumable
 from pretrain.errors import UserError
+from pretrain.training.run_lock import run_lock
 
 CHECKOUT = Path(launch.__file__).parent.parent
 
@@ -51,9 +51,8 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     result = diptych("--help", cwd=here)
     seconds = time.monotonic() - started
     assert result.returncode == 0
-    assert all(
-        f" {name} " in result.stdout for name in ("quickstart", "train", "data", "evaluate", "runs", "model", "config")
-    )
+    names = ("quickstart", "train", "submit", "sweep", "runs", "data", "evaluate", "model", "plan", "config")
+    assert all(f" {name} " in result.stdout for name in names)
     profile = diptych("--help", cwd=here, PYTHONPROFILEIMPORTTIME="1").stderr
     imported = {line.rpartition("|")[2].strip() for line in profile.splitlines()}
     assert "typer" in imported
@@ -71,8 +70,20 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
         "data show",
         "evaluate context",
         "runs",
+        "submit",
+        "logs",
+        "cancel",
+        "resume",
+        "sweep run",
+        "sweep show",
         "evaluate probe argmax",
         "model show",
+        "checkpoint list",
+        "checkpoint show",
+        "checkpoint verify",
+        "checkpoint prune",
+        "export-weights",
+        "plan",
         "config show",
         "config schema",
     ],
@@ -237,11 +248,11 @@ def test_an_interrupted_command_says_how_to_go_on(number, capsys):
 
 def test_a_run_is_trained_by_one_launch_at_a_time(tmp_path):
     run_folder = tmp_path / "runs" / "first"
-    with train.only_launch(run_folder):
+    with run_lock(run_folder):
         second = pytest.raises(UserError, match=f"is being trained already, by process {os.getpid()} on")
-        with second, train.only_launch(run_folder):
+        with second, run_lock(run_folder):
             pass
-        with train.only_launch(tmp_path / "runs" / "second"):
+        with run_lock(tmp_path / "runs" / "second"):
             pass
-    with train.only_launch(run_folder):
+    with run_lock(run_folder):
         pass

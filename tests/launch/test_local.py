@@ -121,7 +121,7 @@ def test_exit_code_is_0_when_every_rank_is_done(launch):
     exit_code, display, run_folder = launch({"say": ["hello from 0"]}, {"say": ["hello from 1"]})
     assert exit_code == 0
     assert display.messages == []
-    assert "hello from 1" in (run_folder / "logs" / "rank-0001.log").read_text()
+    assert "hello from 1" in (run_folder / "logs" / "attempt-0001" / "rank-0001.log").read_text()
 
 
 def test_when_one_rank_dies_the_others_end_within_seconds_and_its_last_lines_are_shown(launch, monkeypatch):
@@ -136,7 +136,7 @@ def test_when_one_rank_dies_the_others_end_within_seconds_and_its_last_lines_are
     assert "rank 1 ended with exit code 7" in display.text
     assert "line 39" in display.text
     assert "line 20" not in display.text
-    assert str(run_folder / "logs" / "rank-0001.log") in display.text
+    assert str(run_folder / "logs" / "attempt-0001" / "rank-0001.log") in display.text
 
 
 def test_a_rank_killed_by_the_kernel_is_named_with_a_hint(launch, monkeypatch):
@@ -186,7 +186,7 @@ def test_only_lines_of_this_attempt_are_shown(launch):
     _, display, run_folder = launch({"say": ["new trouble"], "exit": 1})
     assert "new trouble" in display.text
     assert "old trouble" not in display.text
-    assert "old trouble" in (run_folder / "logs" / "rank-0000.log").read_text()
+    assert "old trouble" in (run_folder / "logs" / "attempt-0001" / "rank-0000.log").read_text()
 
 
 def test_signal_handlers_are_as_before_afterwards(launch):
@@ -277,7 +277,7 @@ def test_a_signal_to_the_launcher_lets_the_ranks_save_and_exits_with_75(launcher
     assert process.returncode == 75
     assert "finishing the step and saving" in output
     assert "run the same command again to resume" in output
-    assert "saving" in (run_folder / "logs" / "rank-0001.log").read_text()
+    assert "saving" in (run_folder / "logs" / "attempt-0001" / "rank-0001.log").read_text()
     assert running_pids(run_folder) == []
 
 

@@ -39,7 +39,8 @@ def test_a_run_at_work_is_listed_with_its_numbers(tmp_path):
         "a_key_of_a_later_version": 1,
     }
     run = make_run(tmp_path, "first", status)
-    assert only_row(tmp_path) == RunRow("first", run, "training", 120, 980_000, 3_500_000, 4.25, 4.5, 20_100.0, 2.0)
+    numbers = (120, 980_000, 3_500_000, 4.25, 4.5, 20_100.0, 2.0)
+    assert only_row(tmp_path) == RunRow("first", run, "training", *numbers, restarts=0)
 
 
 def test_a_run_at_work_whose_heartbeat_stopped_is_lost(tmp_path):

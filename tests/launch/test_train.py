@@ -12,6 +12,7 @@ from launch import train
 from launch.display import make_console
 from pretrain.config import CorpusConfig, RunConfig
 from pretrain.errors import UserError
+from pretrain.training.run_lock import run_lock
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def road(config, monkeypatch):
         calls.append("launch")
         return parts.exit_code
 
-    def evaluate(*_: object) -> None:
+    def evaluate(*_: object, **__: object) -> None:
         calls.append("evaluate")
 
     monkeypatch.setitem(sys.modules, "pretrain.training.run_folder", SimpleNamespace(open_run_folder=open_run_folder))
@@ -81,7 +82,7 @@ def test_a_training_that_has_more_to_do_is_launched(road, config, change):
 
 
 def test_a_failed_evaluation_says_that_the_training_is_done(road, monkeypatch):
-    def evaluate(*_: object) -> None:
+    def evaluate(*_: object, **__: object) -> None:
         raise UserError("no document is long enough")
 
     monkeypatch.setattr(train, "evaluate_context", evaluate)
@@ -103,7 +104,7 @@ def test_more_ranks_than_gpus_are_refused(config, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"), train.only_launch(tmp_path / "file" / "runs" / "x"):
+    with pytest.raises(UserError, match="cannot write to"), run_lock(tmp_path / "file" / "runs" / "x"):
         pass
 
 

@@ -33,16 +33,46 @@ def test_weight_decay_spares_norms_and_embeddings(tied):
     assert ("head.weight" in decayed) == (not tied)
 
 
-def test_matrix_and_full_attention_flops_equal_torchs_count():
-    config = ModelConfig(
-        hidden_size=64, num_layers=3, num_heads=2, attention="bidirectional", kernel="dense", head_dim=16, glu="geglu"
+def test_under_mup_hidden_matrices_have_learning_rate_over_width_and_the_decay_of_their_base():
+    config = ModelConfig(hidden_size=512, num_heads=8, parametrization="mup", base_width=128, tie_embeddings=False)
+    model = MaskedLanguageModel(config, 50)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = {
+        (group["lr_scale"], group["weight_decay"]): {names[id(p)] for p in group["params"]}
+        for group in parameter_groups(model, 0.1)
+    }
+    assert groups.keys() == {(0.25, 0.4), (1.0, 0.1), (1.0, 0.0)}
+    assert groups[1.0, 0.1] == {"head.weight"}
+    assert "encoder.embedding.weight" in groups[1.0, 0.0]
+    assert all(".blocks." in name for name in groups[0.25, 0.4])
+    assert float(model.encoder.embedding.weight.detach().std()) == pytest.approx((2 / (5 * 128)) ** 0.5, rel=0.05)
+    assert float(model.encoder.blocks[0].attention.qkv.weight.detach().std()) == pytest.approx(
+        (2 / (5 * 512)) ** 0.5, rel=0.05
     )
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_mup_is_the_standard_parametrization_at_its_base_width(width):
+    ids = torch.arange(32)[None]
+    batch, losses = Batch(ids, ids, torch.ones_like(ids), ids), []
+    for kind in ("standard", "mup"):
+        torch.manual_seed(0)
+        model = MaskedLanguageModel(ModelConfig(hidden_size=width, parametrization=kind), 50)
+        losses.append(model(batch, AttentionLayout.from_batch(batch))[0])
+    assert losses[0].equal(losses[1]) == (width == 128)
+
+
+@pytest.mark.parametrize("kind", ["dual_triangle", "causal", "bidirectional"])
+@pytest.mark.parametrize("layers", [[], [{"span": 7}, {"positions": "none"}]], ids=["global", "windows"])
+def test_flops_with_attention_as_full_equal_torchs_count_on_the_dense_kernel(kind, layers):
+    shape = {"hidden_size": 64, "num_layers": 3, "num_heads": 2, "head_dim": 16, "glu": "geglu"}
+    config = ModelConfig.model_validate({**shape, "attention": kind, "kernel": "dense", "layers": layers})
     model, length, rows = MaskedLanguageModel(config, 96), 32, 2
     ids = torch.randint(96, (rows, length))
     batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(length).expand(rows, length))
     with FlopCounterMode(display=False) as counter:
         model(batch, AttentionLayout.from_batch(batch))[0].sum().backward()
-    assert counter.get_total_flops() == rows * length * flops_per_token(config, 96, length).total(1.0)
+    assert counter.get_total_flops() == rows * length * flops_per_token(config, 96, length).total_as_full(1.0)
 
 
 def test_triangles_hold_half_the_pairs_and_the_diagonal_twice():

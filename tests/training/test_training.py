@@ -1,45 +1,25 @@
 """Whole trainings on real gloo ranks, small enough to be fast."""
 
-import json
 import math
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pretrain.config import to_yaml
-from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
+from pretrain.status import read_status
 from pretrain.training.checkpoint import (
     list_checkpoints,
     load_state,
     load_weights,
-    newest_valid_checkpoint,
-    prune_checkpoints,
-    verify_checkpoint,
 )
 from pretrain.training.fragments import fragments
 from pretrain.training.metrics import read_metrics
 from pretrain.training.run_folder import open_run_folder
 from pretrain.training.trainer import Trainer
-from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 
 STAGES = ("none", "optimizer", "gradients", "full")
-
-
-class StopAfter:
-    """A stop request that comes on rank 1 after some steps, as a signal to one process would."""
-
-    signal_name = "SIGTERM"
-
-    def __init__(self, rank: int, steps: int) -> None:
-        self._left = steps if rank == 1 else math.inf
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def curve(config) -> list[tuple]:
@@ -47,14 +27,25 @@ def curve(config) -> list[tuple]:
     return [(r["step"], r["loss"], r["grad_norm"], r["rows_checksum"]) for r in records if "loss" in r]
 
 
-def train(rank, config, world_size, stop_after=math.inf):
-    return Trainer(config, rank, world_size, torch.device("cpu"), StopAfter(rank, stop_after)).train()
+def train(rank, config, world_size, stop_after=None):
+    """Train; after some steps of this start, a stop request comes on rank 1, as a signal to one process would."""
+    request = SimpleNamespace(signal_name=None, requested=False)
+    trainer = Trainer(config, rank, world_size, torch.device("cpu"), request)
+    take_step, first = trainer._step, trainer.state.step
+
+    def step(*arguments):
+        take_step(*arguments)
+        if rank == 1 and stop_after and trainer.state.step - first == stop_after:
+            request.signal_name, request.requested = "SIGTERM", True
+
+    trainer._step = step
+    return trainer.train()
 
 
 def train_whole_and_in_pieces(rank, pairs):
     codes = []
     for whole, broken in pairs:
-        codes.append([train(rank, whole, 2)] + [train(rank, broken, 2, n) for n in (5, 7, math.inf)])
+        codes.append([train(rank, whole, 2)] + [train(rank, broken, 2, n) for n in (5, 7, None)])
     return codes
 
 
@@ -116,17 +107,29 @@ def test_a_run_continues_on_other_ranks_and_another_stage(make_config, manifest,
         assert loss == pytest.approx(other_loss, abs=2e-5)
 
 
-def poison(rank, config, world_size, steps):
-    """Train with a gradient made NaN on one rank at some steps."""
-    trainer = Trainer(config, rank, world_size, torch.device("cpu"), StopAfter(rank, math.inf))
+def poison(rank, cases, world_size):
+    return [poisoned(rank, config, world_size, what, steps) for config, what, steps in cases]
+
+
+def poisoned(rank, config, world_size, what, steps):
+    """Train with a loss or a gradient made infinite, NaN or large on one rank at the rows of some steps."""
+    request = SimpleNamespace(signal_name=None, requested=False)
+    trainer = Trainer(config, rank, world_size, torch.device("cpu"), request)
+    take_step, forward, now = trainer._step, trainer.engine.forward, SimpleNamespace(bad=False)
+
+    def step(rows, totals):
+        now.bad = rank == 1 and rows.state.position // 16 in steps
+        take_step(rows, totals)
+
+    def altered(*arguments):
+        losses, correct = forward(*arguments)
+        if what != "inf gradient" and now.bad and trainer.engine.module.training:
+            losses = losses * (math.nan if what == "nan loss" else 50.0)
+        return losses, correct
+
+    trainer._step, trainer.engine.forward = step, altered
     weight = next(iter(trainer.engine.module.parameters()))
-
-    def hook(gradient):
-        if rank == 0 and trainer.state.step + 1 in steps:
-            return gradient * math.nan
-        return gradient
-
-    weight.register_hook(hook)
+    weight.register_hook(lambda gradient: gradient * math.inf if what == "inf gradient" and now.bad else gradient)
     try:
         code = trainer.train()
     except FloatingPointError as error:
@@ -135,22 +138,88 @@ def poison(rank, config, world_size, steps):
     return code, finite, trainer.state.step, trainer.state.optimizer_steps
 
 
+def skipped(config):
+    return [r["step"] for r in read_metrics(config.run_folder / "metrics.jsonl") if "skipped" in r]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", STAGES)
-def test_a_step_with_nan_gradients_on_one_rank_is_skipped_on_all_and_many_in_a_row_end_the_run(
-    make_config, manifest, tmp_path, sharding
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_many_in_a_row_end_the_run(
+    make_config, manifest, tmp_path, precision
 ):
-    config = make_config(training={"sharding": sharding, "max_skipped_steps": 3, "tokens": 6_000, "precision": "bf16"})
+    cases = []
+    for stage in STAGES:
+        for number, (what, spikes, steps) in enumerate(
+            [
+                ("nan loss", "off", {3, 4, 8}),
+                ("nan loss", "skip", {3, 4, 8}),
+                ("inf gradient", "off", {3, 4, 8}),
+                ("nan loss", "off", {4, 5, 6}),
+            ]
+        ):
+            training = {"sharding": stage, "max_skipped_steps": 3, "tokens": 5_000, "precision": precision}
+            config = make_config(f"{stage}-{number}", training={**training, "spikes": spikes})
+            open_run_folder(config, manifest)
+            cases.append((config, what, steps))
+    results = run_on_ranks(poison, 2, tmp_path / "ranks", cases, 2)
+    assert results[0] == results[1]
+    for (config, what, steps), (code, finite, step, optimizer_steps) in zip(cases, results[0], strict=True):
+        assert finite, (config.name, what)
+        assert skipped(config) == sorted(steps), (config.name, what)
+        assert step - optimizer_steps == 3
+        status = read_status(config.run_folder)
+        assert status.skipped_steps == 3
+        if steps == {4, 5, 6}:
+            assert "3 steps in a row were skipped" in code
+            assert (step, status.state) == (6, "failed")
+        else:
+            assert code == 0
+
+
+@pytest.mark.slow
+def test_a_spike_is_taken_skipped_or_gone_back_from_and_a_resumed_run_decides_alike(make_config, manifest, tmp_path):
+    lone, lasting = {40, 45}, set(range(47, 51))
+    training = {"tokens": 25_000, "precision": "fp32", "max_skipped_steps": 4, "log_every": 7}
+    cases = []
+    for name, spikes, steps in [
+        ("off", "off", lone),
+        ("skip", "skip", lone),
+        ("again", "skip", lone),
+        ("stop", "skip", lasting),
+        ("back", "rollback", lasting),
+    ]:
+        config = make_config(name, training={**training, "spikes": spikes}, checkpoint={"every": 20})
+        open_run_folder(config, manifest)
+        cases.append((config, "spike", steps))
+    off, skip, again, stop, back = (config for config, *_ in cases)
+    run_on_ranks(train, 2, tmp_path / "first part", again, 2, 36)
+    results = run_on_ranks(poison, 2, tmp_path / "ranks", cases, 2)
+    assert results[0] == results[1]
+    codes = [code for code, *_ in results[0]]
+    assert codes[:3] == [0, 0, 0]
+    assert skipped(off) == []
+    assert sum("is a spike" in event for event in read_status(off.run_folder).events) == 2
+    assert skipped(skip) == skipped(again) == [40, 45]
+    assert str(curve(skip)) == str(curve(again))
+    assert "4 steps in a row were skipped" in codes[3]
+    assert skipped(stop) == [47, 48, 49, 50]
+    assert codes[4] == 0
+    assert any("back to step-00000040" in event for event in read_status(back.run_folder).events)
+    # The rows of the first 40 steps, then those behind the 50th: the offending ones were read and left behind.
+    rows, plain = ([checksum for *_, checksum in curve(config)] for config in (back, off))
+    assert (rows[:40], rows[40]) == (plain[:40], plain[50])
+    assert [step for step, *_ in curve(back)] == list(range(1, len(rows) + 1))
+
+
+@pytest.mark.slow
+def test_a_run_that_skipped_every_step_does_not_look_done(make_config, manifest, tmp_path):
+    config = make_config(training={"tokens": 3_000, "precision": "fp32", "max_skipped_steps": 100})
     open_run_folder(config, manifest)
-    for code, finite, steps, optimizer_steps in run_on_ranks(poison, 2, tmp_path / "a", config, 2, {3, 4, 8}):
-        assert (code, finite, steps - optimizer_steps) == (0, True, 3)
-    norms = [norm for _, _, norm, _ in curve(config)]
-    assert [i + 1 for i, norm in enumerate(norms) if not math.isfinite(norm)] == [3, 4, 8]
-    bad = make_config("bad", training=config.training.model_dump())
-    open_run_folder(bad, manifest)
-    for code, finite, steps, _ in run_on_ranks(poison, 2, tmp_path / "b", bad, 2, {4, 5, 6}):
-        assert "3 steps in a row" in code
-        assert (finite, steps) == (True, 6)
+    case = (config, "inf gradient", range(10_000))
+    for ((code, *_),) in run_on_ranks(poison, 2, tmp_path / "ranks", [case], 2):
+        assert "nothing was learned" in code
+    status = read_status(config.run_folder)
+    assert (status.state, status.skipped_steps) == ("failed", status.step)
 
 
 @pytest.mark.slow
@@ -167,74 +236,6 @@ def test_the_loss_is_a_sum_over_masked_tokens_whatever_the_micro_batches_and_ran
         for _, loss, norm, _ in step[1:]:
             assert loss == pytest.approx(step[0][1], rel=1e-5)
             assert norm == pytest.approx(step[0][2], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def trained_once(corpus_values, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    config = tiny_run(
-        corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
-    )
-    open_run_folder(config, load_manifest(config.corpus.path))
-    run_on_ranks(train, 1, folder / "ranks", config, 1)
-    return config
-
-
-@pytest.fixture
-def finished(trained_once, make_config):
-    """A finished run in a folder of this test."""
-    config = make_config(training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3})
-    shutil.copytree(trained_once.run_folder, config.run_folder)
-    (config.run_folder / "config.yaml").write_text(to_yaml(config))
-    return config
-
-
-def test_any_damage_to_a_checkpoint_is_seen_and_the_newest_whole_one_is_taken(finished):
-    folder = finished.run_folder / "checkpoints"
-    good, bad = list_checkpoints(folder)[-2:]
-    pristine = bad.parent / "pristine"
-    shutil.copytree(bad, pristine)
-    assert verify_checkpoint(bad) == []
-    for file in sorted(p.name for p in bad.iterdir()):
-        for damage in ("flip", "cut", "remove", "swap"):
-            victim = bad / file
-            content = bytearray(victim.read_bytes())
-            if damage == "swap" and content == (good / file).read_bytes():
-                continue  # the index does not depend on the step
-            if damage == "flip":
-                content[len(content) // 3] ^= 4
-                victim.write_bytes(content)
-            elif damage == "cut":
-                victim.write_bytes(content[:-1])
-            elif damage == "remove":
-                victim.unlink()
-            else:
-                shutil.copy(good / file, victim)
-            assert verify_checkpoint(bad), (file, damage)
-            path, warnings = newest_valid_checkpoint(folder)
-            assert path == good
-            assert all("damaged" in warning for warning in warnings)
-            shutil.rmtree(bad)
-            shutil.copytree(pristine, bad)
-    shutil.rmtree(pristine)
-
-
-def test_the_last_checkpoints_and_every_nth_are_kept(finished, tmp_path):
-    folder = tmp_path / "kept"
-    for step in range(1, 9):
-        (folder / f"step-{step:08d}").mkdir(parents=True)
-        (folder / f"step-{step:08d}" / "MANIFEST.json").write_text("{}")
-    prune_checkpoints(folder, keep_last=2, keep_every=3)
-    assert [int(p.name[5:]) for p in list_checkpoints(folder)] == [3, 6, 7, 8]
-    assert len(list_checkpoints(finished.run_folder / "checkpoints")) == 3
-
-
-def test_checkpoints_hold_no_pickle_and_weights_and_moments_once(finished):
-    path = list_checkpoints(finished.run_folder / "checkpoints")[-1]
-    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
-    numel = sum(math.prod(s) for s in json.loads((path / "index.json").read_bytes())["shapes"].values())
-    stored = sum(p.stat().st_size for p in path.glob("*.safetensors"))
-    assert 3 * 4 * numel <= stored < 3 * 4 * numel + 20_000
 
 
 @pytest.mark.usefixtures("finished")

@@ -1,0 +1,40 @@
+"""`diptych plan`: what a run needs before it is paid for."""
+
+from typing import Annotated
+
+import typer
+
+from launch.commands.arguments import Config, Overrides
+
+
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, metavar="G", help="Ranks on each, one to a device.")] = 1,
+    gpu: Annotated[
+        str, typer.Option(metavar="h200|h100|a100|cpu|GIB", help="The device of a rank, or its memory in GiB.")
+    ] = "h200",
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, metavar="SHARE", help="Of the peak that training reaches.")
+    ] = None,
+    peak: Annotated[
+        float | None, typer.Option(min=0.001, metavar="TFLOPS", help="Dense bf16 peak of a device that is not known.")
+    ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="Three lines, as in the comments of configs/model/.")] = False,
+) -> None:
+    """Tell what a run needs, what fits, and how long it takes.
+
+    Memory of a rank for every sharding, activation checkpointing and micro-batch; FLOPs, tokens per second, days, and
+    what to change where nothing fits. Nothing is allocated.
+
+    [bold]Example:[/bold] diptych plan model/1b data.sequence_length=4096 --gpu h100 --gpus-per-node 8
+    """
+    from launch.display import make_console
+    from launch.plan import brief_plan, hardware, make_plan, show_plan
+
+    made = make_plan(config, overrides or [], hardware(gpu, nodes, gpus_per_node, peak))
+    if brief:
+        print("\n".join(brief_plan(made)))
+    else:
+        show_plan(made, mfu, make_console())

@@ -1,0 +1,83 @@
+"""`diptych sweep`: a grid of runs, and what came out."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from launch.commands.arguments import Config, resumable
+
+
+class _RunByDefault(TyperGroup):
+    """`diptych sweep CONFIG` is `diptych sweep run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in where it was left out."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Train a grid of runs; `sweep CONFIG` is short for `sweep run CONFIG`.",
+)
+
+
+@app.command("run")
+def sweep_run(
+    config: Config,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the config; KEY=A,B,C is an axis of the grid."),
+    ] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B", help="An axis of the grid; more may follow it.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Train here, one after another, instead of on Slurm.")] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --local: processes of each run.")] = None,
+) -> None:
+    """Train a config on every point of a grid, or go on with it.
+
+    The axes are those given here, and those of the config's section `sweep`. On Slurm the runs are the members of an
+    array, cluster.array_parallelism at a time. A member that fails does not stop the rest; the same command starts
+    again what is not finished.
+
+    [bold]Example:[/bold] diptych sweep run my.yaml --grid model.attention=dual_triangle,bidirectional seed=1,2,3
+    """
+    from launch.display import make_console
+    from launch.sweep import is_axis, plan_sweep, run_here, submit_sweep
+
+    overrides = [change for change in changes or [] if not is_axis(change)]
+    axes = [*(grid or []), *(change for change in changes or [] if is_axis(change))]
+    console = make_console()
+    with resumable():
+        sweep = plan_sweep(config, overrides, axes)
+        if not local:
+            submit_sweep(sweep, console)
+            return
+        exit_code = run_here(sweep, nproc, console)
+    raise typer.Exit(exit_code)
+
+
+@app.command("show")
+def sweep_show(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's name, or the path of its folder.")],
+    folder: Annotated[Path, typer.Option(help="Where sweeps are looked for by name.")] = Path("runs"),
+) -> None:
+    """Show what came out of a sweep: means and spreads over seeds, and a plot of all curves.
+
+    [bold]Example:[/bold] diptych sweep show paper-text
+    """
+    import time
+
+    from launch.display import make_console, say
+    from launch.sweep_report import plot_curves, read_results, results_table
+
+    path = folder / sweep if (folder / sweep).is_dir() else Path(sweep)
+    results = read_results(path, time.time())
+    console = make_console()
+    console.print(results_table(path.absolute().name, results))
+    say(console, f"curves: {plot_curves(path.absolute(), results)}")

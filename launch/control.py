@@ -1,0 +1,101 @@
+"""`diptych cancel` and `diptych resume`: for runs on this machine and on Slurm alike."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.display import say
+from launch.slurm import SlurmSilentError, cancel_job, has_slurm, job_states, signal_job
+from launch.submission import newest_submission
+from pretrain.config import RunConfig, load_config
+from pretrain.errors import UserError
+
+CANCELLED = "cancelled"
+"""A file in the run folder: its job must not go back into the queue."""
+
+
+def cancel(run_folder: Path, console: Console) -> None:
+    """Ask a run to save and end, and take what waits of it out of the queue.
+
+    Raises:
+        UserError: it is not at work, or where it is at work cannot be reached from here.
+    """
+    if not (_cancel_jobs(run_folder, console) or _cancel_here(run_folder, console)):
+        raise UserError(f"{run_folder.name} is neither queued nor running; `diptych runs` shows what became of it")
+
+
+def _cancel_jobs(run_folder: Path, console: Console) -> bool:
+    """End the run's jobs; False where it has none."""
+    submission = newest_submission(run_folder)
+    if submission is None or not submission.jobs:
+        return False
+    try:
+        states = job_states(submission.jobs.values())
+        found = False
+        for job, job_id in submission.jobs.items():
+            state = submission.state_of(job, states)
+            if state is None or not state.is_open:
+                continue
+            found = True
+            if job == "train":
+                (run_folder / CANCELLED).touch()
+            if job == "train" and not state.is_waiting:
+                signal_job(job_id)
+                say(console, f"job {job_id} saves and ends; `diptych resume {run_folder.name}` goes on from there")
+            else:
+                cancel_job(job_id)
+                say(console, f"job {job_id} ({job}) is taken out of the queue")
+    except SlurmSilentError as error:
+        raise UserError(f"{error}; nothing was cancelled, try again when it is back") from error
+    return found
+
+
+def _cancel_here(run_folder: Path, console: Console) -> bool:
+    """Ask the launcher on this machine to end; False where the run is not being trained."""
+    from pretrain.training.run_lock import holder_of, is_held, machine_id
+
+    holder = holder_of(run_folder)
+    if holder is None or not is_held(run_folder):
+        return False
+    if holder.machine != machine_id() or holder.host != os.uname().nodename:
+        raise UserError(
+            f"{run_folder.name} is being trained on {holder.host}, by process {holder.pid}; run this command there"
+        )
+    os.kill(holder.pid, signal.SIGTERM)
+    say(console, f"process {holder.pid} saves and ends; `diptych resume {run_folder.name}` goes on from there")
+    return True
+
+
+def resume(run_folder: Path, console: Console) -> int:
+    """Start a run again with the config that it has: on Slurm if it was submitted, else here; returns the exit code."""
+    config = load_config(str(run_folder / "config.yaml"))
+    submission = newest_submission(run_folder)
+    if submission is not None and submission.jobs:
+        if not has_slurm():
+            raise UserError(
+                f"{run_folder.name} was submitted to Slurm, and there is no sbatch on this machine; resume it on a "
+                f"login node, or train it here with `diptych train {run_folder / 'config.yaml'}`"
+            )
+        from launch.submit import submit
+
+        submit(config, console, evaluate="evaluate" in submission.jobs)
+        return 0
+    from launch.train import train
+
+    return train(config, ranks_of(run_folder, config), console)
+
+
+def ranks_of(run_folder: Path, config: RunConfig) -> int:
+    """As many ranks as the last time, if this machine has the GPUs for them; else what `diptych train` would take."""
+    from launch.local import num_gpus
+    from launch.train import choose_num_ranks
+
+    try:
+        before = int(json.loads((run_folder / "environment.json").read_bytes())["world_size"])
+    except (OSError, ValueError, KeyError):
+        before = None
+    gpus = num_gpus()
+    return choose_num_ranks(config, None if before is None or (gpus and before > gpus) else before)

@@ -1,0 +1,249 @@
+"""`diptych evaluate context`: the evaluation with progress, on one process or several, and its report on a terminal."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from launch.display import PlainDisplay, StageProgress, make_display, say
+from launch.local import (
+    Rank,
+    Supervisor,
+    free_port,
+    launch_local,
+    num_gpus,
+    rank_environment,
+    start_rank,
+    stop_requests,
+)
+from launch.runs import find_run, list_runs
+from launch.tables import fitting_table
+from pretrain.data.manifest import load_manifest
+from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
+from pretrain.status import read_status
+
+if TYPE_CHECKING:
+    from pretrain.evaluation.evaluate import Finished
+    from pretrain.evaluation.plan import Plan
+    from pretrain.evaluation.schema import ContextReport
+
+_LOOK_EVERY = 5
+"""Looks of the supervisor between two counts of finished parts."""
+
+
+class EvaluationFailedError(Exception):
+    """A rank failed; its last lines have been shown."""
+
+
+def evaluate_context(
+    run_folder: Path,
+    console: Console,
+    *,
+    step: int | None = None,
+    lengths: Sequence[float] | None = None,
+    corpus: Path | None = None,
+    overrides: Sequence[str] = (),
+    full: bool = False,
+    budget_s: float | None = None,
+    num_ranks: int = 1,
+    recalibrate: int | None = None,
+    command: Sequence[str] = (),
+) -> None:
+    """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
+
+    Args:
+        run_folder: of the run.
+        console: for progress and the table.
+        step: checkpoint to read; the newest by default.
+        lengths: multiples of the training length; as configured by default.
+        corpus: another corpus of the same tokenizer.
+        overrides: KEY=VALUE, each beginning with `evaluation.`.
+        full: several times as much of everything.
+        budget_s: time limit.
+        num_ranks: processes that compute.
+        recalibrate: also train for so many more tokens at the longest length, in a run of its own, and measure again.
+        command: what the user typed, for the report.
+
+    Raises:
+        UserError: see `make_plan`; or more ranks than GPUs.
+        KeyboardInterrupt: the ranks were asked to stop; the same command goes on.
+        EvaluationFailedError: a rank failed.
+    """
+    from pretrain.evaluation.evaluate import evaluate
+    from pretrain.evaluation.planning import Request
+    from pretrain.evaluation.report import write_report
+
+    gpus = num_gpus()
+    if gpus and num_ranks > gpus:
+        raise UserError(f"--nproc {num_ranks}, but this machine has {gpus} GPUs for one rank each; use at most {gpus}")
+    request = Request(
+        run_folder=run_folder,
+        step=step,
+        lengths=tuple(lengths) if lengths else None,
+        corpus=corpus and corpus.absolute(),
+        overrides=tuple(overrides),
+        full=full,
+        budget_s=budget_s,
+    )
+    with StageProgress(console) as progress:
+
+        def run_on_ranks(plan: "Plan", folder: Path, ranks: int) -> None:
+            _run_on_ranks(plan, folder, ranks, console, progress.report)
+
+        finished = evaluate(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
+    if recalibrate is not None:
+        finished = _recalibrated(finished, recalibrate, num_ranks, console)
+    write_report(run_folder, finished.folder, finished.report)
+    show_report(finished.report, finished.folder, console)
+
+
+def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Console) -> "Finished":
+    """Train on long rows from the report's checkpoint on, or go on with that training, and measure it."""
+    from pretrain.config import check_topology
+    from pretrain.evaluation.evaluate import evaluate_recalibrated
+    from pretrain.evaluation.recalibrate import begin, recalibration_config
+    from pretrain.training.run_folder import open_run_folder
+
+    session = finished.session
+    config = recalibration_config(session.plan, tokens, num_ranks)
+    check_topology(config, num_ranks)
+    open_run_folder(config, load_manifest(config.corpus.path))
+    begin(session.plan, config)
+    status = read_status(config.run_folder)
+    if status is None or status.state != "done":
+        say(console, f"recalibrating for {tokens:,} tokens at the longest length, in {config.run_folder}")
+        exit_code = launch_local(config, num_ranks, make_display(console))
+        if exit_code == EXIT_RESUME_ME:
+            raise KeyboardInterrupt
+        if exit_code != EXIT_DONE:
+            raise EvaluationFailedError(f"the recalibration failed; its log: {config.run_folder / 'logs'}")
+    with StageProgress(console) as progress:
+        return evaluate_recalibrated(finished, config, tokens, progress.report)
+
+
+def show_report(report: "ContextReport", folder: Path, console: Console) -> None:
+    """The curve, the headline, and where the rest is."""
+    from pretrain.evaluation.report import COLUMNS, table_rows
+
+    title = f"Context extension of {report.run}, step {report.step}"
+    console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
+    say(console, report.headline, "bold")
+    for what, why in report.skipped.items():
+        if what.endswith("x"):
+            say(console, f"{what} was not measured: {why}")
+    if report.budget:
+        say(console, f"budget of {report.budget}")
+    say(
+        console,
+        f"Loss in nats per masked token; token frequencies alone cost {report.unigram_loss:.3f} on these tokens "
+        f"(unigram entropy {report.unigram_entropy:.3f}).",
+    )
+    say(console, f"report: {folder / 'report.html'}, report.md, report.json")
+
+
+def _run_on_ranks(
+    plan: "Plan", folder: Path, num_ranks: int, console: Console, report: Callable[[str, int, int], None]
+) -> None:
+    """Have the parts of a plan computed by processes of this machine; must be called from the main thread."""
+    from pretrain.evaluation.work import missing_parts
+
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    total, looks = len(plan.parts()), 0
+
+    def refresh() -> None:
+        nonlocal looks
+        if looks % _LOOK_EVERY == 0:
+            report(f"parts on {num_ranks} ranks", total - len(missing_parts(folder, plan)), total)
+        looks += 1
+
+    command = [sys.executable, "-P", "-m", "pretrain.evaluation", str(folder)]
+    port, gpus = free_port(), num_gpus()
+    ranks: list[Rank] = []
+    with stop_requests() as requests:
+        try:
+            for number in range(num_ranks):
+                environment = rank_environment(number, num_ranks, port, gpus, os.environ)
+                ranks.append(start_rank(command, environment, logs / f"rank-{number:04d}.log"))
+            supervisor = Supervisor(ranks, requests, PlainDisplay(console))
+            exit_code = supervisor.watch(refresh)
+        finally:
+            for rank in ranks:
+                rank.kill()
+    looks = 0
+    refresh()
+    if exit_code == EXIT_DONE:
+        return
+    if exit_code == EXIT_RESUME_ME or requests.requested:
+        raise KeyboardInterrupt
+    for rank in supervisor.failed[:1]:
+        say(console, f"rank {rank.number} {rank.how_it_ended()}; its last lines:", "bold red")
+        for line in rank.log_tail():
+            say(console, f"  {line}")
+    if exit_code == EXIT_WRONG_INPUT:
+        raise UserError(f"the evaluation could not go on; the whole log: {logs}")
+    raise EvaluationFailedError(f"a rank failed; the whole log: {logs}")
+
+
+def parse_lengths(text: str) -> list[float]:
+    """`0.5x,1x,2x` as numbers.
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        lengths = [float(word.strip().lower().removesuffix("x")) for word in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or not all(0 < length < float("inf") for length in lengths):
+        raise UserError(f"--lengths {text!r} is not a list of multiples of the training length; write 0.5x,1x,2x,4x")
+    return lengths
+
+
+def parse_count(text: str) -> int:
+    """`2M`, `500k` or `300_000` as a number of tokens.
+
+    Raises:
+        UserError: anything else.
+    """
+    unit = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text[-1:].lower(), 0.0)
+    try:
+        count = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        count = 0.0
+    if not 1 <= count < float("inf"):
+        raise UserError(f"--recalibrate {text!r} is not a number of tokens; write 500k, 2M or 300000")
+    return round(count)
+
+
+def parse_duration(text: str) -> float:
+    """`90s`, `10m` or `1h` in seconds; a bare number is in seconds.
+
+    Raises:
+        UserError: anything else.
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = units.get(text[-1:].lower(), 0.0)
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"--budget {text!r} is not a time; write 90s, 10m or 1h")
+    return seconds
+
+
+def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
+    """Run folders by name or path; a folder that holds runs stands for all of them.
+
+    Raises:
+        UserError: one of the names is neither.
+    """
+    found: list[Path] = []
+    for name in names:
+        members = [] if (Path(name) / "config.yaml").is_file() else list_runs(Path(name))
+        found += [row.folder.absolute() for row in members] or [find_run(name, folder)]
+    return found

@@ -1,0 +1,76 @@
+"""Continuing a run from a checkpoint, on any number of ranks and at any ZeRO stage, in one step."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import UserError
+from pretrain.training.checkpoint import (
+    SavedFragments,
+    TrainingState,
+    list_checkpoints,
+    load_state,
+    newest_valid_checkpoint,
+    step_of,
+)
+from pretrain.training.engine import Engine, barrier
+from pretrain.training.fragments import fragments
+
+
+def agree_on_checkpoint(folder: Path, *, strict: bool) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that rank 0 finds valid, and a line for each newer one, on every rank; collective.
+
+    Raises:
+        UserError: on every rank. There are checkpoints but no valid one; or, if `strict`, a newer one is damaged.
+    """
+    box: list[tuple[str | None, list[str]]] = [(None, [])]
+    if dist.get_rank() == 0:
+        path, warnings = newest_valid_checkpoint(folder)
+        box = [(path.name if path else None, warnings)]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    name, warnings = box[0]
+    listed = "".join(f"\n  {warning}" for warning in warnings)
+    if warnings and name is None:
+        raise UserError(
+            f"no checkpoint in {folder} is whole:{listed}\nRestore one from a backup, or move them away to start over"
+        )
+    if warnings and strict:
+        raise UserError(
+            f"damaged checkpoints in {folder}:{listed}\nWithout --strict (checkpoint.strict=true) the run resumes from "
+            f"{name}; or restore them from a backup"
+        )
+    if name is None:
+        return None, []
+    return folder / name, [f"{warning}; resuming from {step_of(folder / name)}" for warning in warnings]
+
+
+def newer_than(path: Path) -> list[str]:
+    """Names of the checkpoints beside and after one: where that is the newest valid one, these are damaged."""
+    return [other.name for other in list_checkpoints(path.parent) if step_of(other) > step_of(path)]
+
+
+def load_checkpoint(path: Path, engine: Engine) -> TrainingState:
+    """Continue from a verified checkpoint, whatever ranks and stage wrote it; collective.
+
+    Raises:
+        UserError: it holds a model of another shape.
+    """
+    try:
+        saved = SavedFragments(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    shapes = {name: tuple(shape) for name, shape in saved.index.shapes.items()}
+    if shapes != engine.parameter_shapes:
+        name = next(n for n in {**shapes, **engine.parameter_shapes} if shapes.get(n) != engine.parameter_shapes.get(n))
+        raise UserError(
+            f"{path} holds another model: {name} is {shapes.get(name, 'absent')} there and "
+            f"{engine.parameter_shapes.get(name, 'absent')} in the config"
+        )
+    for fragment in fragments(engine):
+        saved.fill(fragment.kind, fragment.parameter, fragment.start, fragment.tensor)
+    state = load_state(path)
+    engine.set_optimizer_steps(state.optimizer_steps)
+    engine.refresh_weights()
+    barrier()
+    return state

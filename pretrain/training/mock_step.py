@@ -1,0 +1,90 @@
+"""A step before the first, at the largest shape of the run: what does not fit in memory fails in the first minute.
+
+It is a whole step, with its gradients, collectives and optimizer, at learning rate zero; the moments that it moves are
+set back to zero, and it comes before any checkpoint is loaded. So weights, random numbers and the rows of the run are
+those of a run without it.
+"""
+
+import os
+
+import torch
+
+from pretrain.batch import IGNORED, Batch
+from pretrain.config import RunConfig
+from pretrain.errors import UserError
+from pretrain.model.layout import AttentionLayout
+from pretrain.training.engine import Engine, accumulation_steps
+from pretrain.training.planning import Hardware, Plan, advice
+
+
+def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) -> None:
+    """Take it; collective. The engine's phase is to be entered after it.
+
+    Raises:
+        UserError: memory ran out; says what the plan advises.
+    """
+    devices = _hardware(engine.device, world_size)
+    with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+        config = Plan(run, vocab_size, devices).config
+        rows = min(config.training.micro_batch_size, -(-config.training.batch_size // world_size))
+        try:
+            _take(engine, config, rows, vocab_size, world_size)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            shape = f"{rows} rows of {config.data.sequence_length:,} at once"
+            raise UserError(
+                f"out of memory before the first step, with {shape}. {advice(run, vocab_size, devices)}"
+            ) from error
+    for state in engine.torch_optimizer.state.values():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment].zero_()
+    engine.set_optimizer_steps(0)
+
+
+def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
+    """One step of at most two micro-batches: what accumulation needs is there from the second on."""
+    micro_batches = min(accumulation_steps(config, world_size), 2)
+    portion = {"batch_size": micro_batches * rows * world_size, "micro_batch_size": rows}
+    training = config.training.model_copy(update=portion)
+    engine.enter_phase(config.model_copy(update={"training": training}), world_size)
+    engine.set_learning_rate(0.0)
+    batch = largest_batch(config, rows, vocab_size)
+    for _ in range(micro_batches):
+        layout = AttentionLayout.from_batch(batch).to(engine.device)
+        losses, _ = engine.forward(batch.to(engine.device), layout)
+        engine.backward(losses.mean())
+        del losses
+        engine.step()
+
+
+def largest_batch(config: RunConfig, rows: int, vocab_size: int) -> Batch:
+    """Full rows, as many positions to predict as there may be; packed rows hold two documents."""
+    length, rate = config.data.sequence_length, max(config.data.mask_rate, config.data.final_mask_rate or 0)
+    columns = torch.arange(length).expand(rows, length)
+    first = length // 2 if config.data.packing != "padded" else length
+    # Masked positions are spread evenly, and no fewer than the rate says.
+    masked = (columns * rate).floor() < ((columns + 1) * rate).floor()
+    masked[:, -1] = True
+    ids = columns % vocab_size
+    return Batch(
+        input_ids=ids,
+        labels=torch.where(masked, ids, IGNORED),
+        document_ids=1 + (columns >= first).long(),
+        position_ids=torch.where(columns >= first, columns - first, columns),
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of an allocator, on a GPU or a CPU."""
+    allocators = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(name in str(error) for name in allocators)
+
+
+def _hardware(device: torch.device, world_size: int) -> Hardware:
+    """This rank's device, and its share of the memory."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Hardware(properties.name, properties.total_memory, world_size, on_gpu=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware("cpu", memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size, on_gpu=False)

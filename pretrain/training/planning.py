@@ -1,0 +1,230 @@
+"""What a run needs before it is paid for: memory of every way to spread it over devices, what fits, and what to change.
+
+Puts the arithmetic of `memory.py` and `activations.py` together for a config. Reads no device and starts nothing; how
+a plan looks on a terminal is in `launch/plan.py`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model_config import ModelConfig
+from pretrain.training.activations import PLACES, Activations, Setting, activations
+from pretrain.training.engine import ZERO_STAGE, resolve_precision
+from pretrain.training.memory import Buffers, Groups, ModelStates, buffers, compute_bytes, model_states
+from pretrain.training.optimizer import parameter_groups
+
+GIB = 2**30
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill: its driver, NCCL and fragmentation take the rest (an assumption)."""
+ENOUGH_POSITIONS = 4096
+"""A micro-batch of fewer positions leaves a GPU idle between its kernels (an assumption)."""
+AGAIN = (0, 2, 1)
+"""Activation checkpointing that is planned for, the least work first: no block, every second, every one."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the ranks run on, one rank to a device."""
+
+    name: str
+    memory: int
+    """Bytes that one rank may have."""
+    world_size: int
+    on_gpu: bool
+    peak: float | None = None
+    """FLOP/s of one device in dense bf16; None where it is not known."""
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a plan may fill."""
+        return int(USABLE * self.memory)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spread a run."""
+
+    sharding: str
+    checkpoint_every: int
+    """Every how many blocks one is computed again; 0 for none."""
+    micro_batch_size: int
+
+    @property
+    def overrides(self) -> list[str]:
+        """As KEY=VALUE."""
+        again = {0: "none", 1: "full"}.get(self.checkpoint_every, str(self.checkpoint_every))
+        return [
+            f"training.sharding={self.sharding}",
+            f"training.activation_checkpointing={again}",
+            f"training.micro_batch_size={self.micro_batch_size}",
+        ]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank."""
+
+    states: ModelStates
+    buffers: Buffers
+    activations: Activations
+
+    @property
+    def total(self) -> int:
+        """At the peak: while gradients flow, or while the optimizer moves and activations are gone."""
+        return self.states.total + max(self.buffers.communication + self.activations.peak, self.buffers.update)
+
+
+def group_sizes(model: ModelConfig, vocab_size: int) -> Groups:
+    """Elements of every parameter in the optimizer's groups, from the real module on the meta device."""
+    with torch.device("meta"):
+        module = MaskedLanguageModel(model, vocab_size)
+    groups = parameter_groups(module, weight_decay=1.0)
+    return [[parameter.numel() for parameter in group["params"]] for group in groups]
+
+
+class Plan:
+    """Every way to spread a run over some devices, in the phase whose micro-batches need most."""
+
+    def __init__(self, config: RunConfig, vocab_size: int, hardware: Hardware) -> None:
+        self.run, self.vocab_size, self.hardware = config, vocab_size, hardware
+        self.groups = group_sizes(config.model, vocab_size)
+        phases = [config.in_phase(phase) for phase in range(len(config.phases) + 1)]
+        self.phase = max(range(len(phases)), key=lambda p: self._at_once(phases[p]))
+        self.config = phases[self.phase]
+        """As `run`, with the settings of that phase."""
+
+    def _at_once(self, phase: RunConfig) -> int:
+        choice = replace(self.configured_in(phase), sharding="none")
+        return activations(self._setting(phase, choice)).peak
+
+    def configured_in(self, config: RunConfig) -> Choice:
+        """What a config itself says."""
+        training = config.training
+        again = training.activation_checkpointing
+        every = {"none": 0, "full": 1}[again] if isinstance(again, str) else again
+        return Choice(training.sharding, every, min(training.micro_batch_size, self.rows_per_rank(config)))
+
+    @property
+    def configured(self) -> Choice:
+        """What the config says."""
+        return self.configured_in(self.config)
+
+    @cached_property
+    def precision(self) -> str:
+        """`fp32` or `bf16`; `auto` is bf16 on a GPU, and what this machine's own is on a CPU."""
+        if self.run.training.precision == "auto" and self.hardware.on_gpu:
+            return "bf16"
+        return resolve_precision(self.run)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled."""
+        choice = self.run.training.compile
+        return self.hardware.on_gpu if choice == "auto" else choice == "on"
+
+    def rows_per_rank(self, config: RunConfig) -> int:
+        """Rows of one rank in a step."""
+        return math.ceil(config.training.batch_size / self.hardware.world_size)
+
+    @property
+    def micro_batch_sizes(self) -> list[int]:
+        """Powers of two up to the rows of a rank, and those rows."""
+        rows = self.rows_per_rank(self.config)
+        return sorted({2**k for k in range(rows.bit_length()) if 2**k <= rows} | {rows})
+
+    def _setting(self, config: RunConfig, choice: Choice) -> Setting:
+        data = config.data
+        c = compute_bytes(ZERO_STAGE[choice.sharding], self.precision)
+        autocast = self.precision == "bf16" and c == 4
+        rate = max(data.mask_rate, data.final_mask_rate or 0)
+        return Setting(
+            model=config.model,
+            vocab_size=self.vocab_size,
+            rows=choice.micro_batch_size,
+            length=data.sequence_length,
+            masked=math.ceil(rate * choice.micro_batch_size * data.sequence_length),
+            compute_bytes=2 if autocast else c,
+            residual_bytes=c,
+            checkpoint_every=choice.checkpoint_every,
+            compiled=self.compiled,
+            on_gpu=self.hardware.on_gpu,
+            packed=data.packing != "padded",
+            places=PLACES,
+        )
+
+    def need(self, choice: Choice) -> Need:
+        """Bytes of the rank that needs most."""
+        stage, world_size = ZERO_STAGE[choice.sharding], self.hardware.world_size
+        accumulation = math.ceil(self.rows_per_rank(self.config) / choice.micro_batch_size)
+        shared = (self.groups, stage, world_size, self.precision, accumulation)
+        return Need(
+            states=model_states(*shared),
+            buffers=buffers(*shared, on_gpu=self.hardware.on_gpu),
+            activations=activations(self._setting(self.config, choice)),
+        )
+
+    def fits(self, choice: Choice, limit: float | None = None) -> bool:
+        """Whether the peak is within `limit` bytes, by default what a plan may fill."""
+        return self.need(choice).total <= (self.hardware.usable if limit is None else limit)
+
+    def choices(self) -> Iterator[Choice]:
+        """In the order in which they are preferred: the least work first, larger micro-batches before smaller.
+
+        A single micro-batch that is too small to keep a device busy comes after all that are large enough.
+        """
+        largest_first = self.micro_batch_sizes[::-1]
+        enough = [m for m in largest_first if m * self.config.data.sequence_length >= ENOUGH_POSITIONS]
+        enough = enough or largest_first[:1]
+        for sizes in (enough, [m for m in largest_first if m not in enough]):
+            for every in AGAIN:
+                for sharding in ("optimizer", "gradients", "full"):
+                    for micro_batch_size in sizes:
+                        yield Choice(sharding, every, micro_batch_size)
+
+    def recommended(self, limit: float | None = None) -> Choice | None:
+        """The first choice that fits; None where none does."""
+        return next((choice for choice in self.choices() if self.fits(choice, limit)), None)
+
+    @property
+    def smallest(self) -> Choice:
+        """What needs least on these devices."""
+        return Choice("full", 1, 1)
+
+    def remedies(self) -> list[str]:
+        """What would make it fit where nothing does, each on its own."""
+        found = []
+        devices = (self.hardware.world_size * 2**k for k in range(1, 13))
+        for world_size in devices:
+            larger = Plan(self.run, self.vocab_size, replace(self.hardware, world_size=world_size))
+            if larger.fits(self.smallest):
+                found.append(f"use {world_size} devices")
+                break
+        length = self.config.data.sequence_length
+        for shorter in (length // 2**k for k in range(1, length.bit_length()) if length // 2**k >= 8):
+            data = self.run.data.model_copy(update={"sequence_length": shorter})
+            shortened = Plan(self.run.model_copy(update={"data": data, "phases": []}), self.vocab_size, self.hardware)
+            if shortened.fits(self.smallest):
+                found.append(f"shorten rows to data.sequence_length={shorter}")
+                break
+        least = math.ceil(self.need(self.smallest).total / USABLE / GIB)
+        found.append(f"use devices of {least:,} GiB or more")
+        return found
+
+
+def advice(config: RunConfig, vocab_size: int, hardware: Hardware) -> str:
+    """What to change in a run that has run out of memory, in one sentence; it must need much less than it does now."""
+    plan = Plan(config, vocab_size, hardware)
+    now = plan.need(plan.configured).total
+    least = plan.need(plan.smallest).total
+    better = plan.recommended(min(hardware.usable, 0.8 * now))
+    head = f"By plan it needs {now / GIB:.3g} GiB a rank, of {hardware.memory / GIB:.3g} GiB"
+    if better is not None:
+        return f"{head}; {' '.join(better.overrides)} needs {plan.need(better).total / GIB:.3g} GiB"
+    remedies = ", or ".join(plan.remedies())
+    return f"{head}, and no less than {least / GIB:.3g} GiB however it is spread: {remedies}"

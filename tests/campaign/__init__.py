@@ -1,0 +1,1 @@
+"""Kills of the real program at random moments, beside an unbroken run."""

@@ -1,0 +1,39 @@
+"""One tiny trained run and its evaluation, shared by all tests of the evaluation."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import RunConfig
+from pretrain.data.manifest import load_manifest
+from pretrain.evaluation.evaluate import Finished, evaluate
+from pretrain.evaluation.planning import Request
+from pretrain.evaluation.report import write_report
+from pretrain.training.run_folder import open_run_folder
+from tests.conftest import tiny_run
+from tests.ranks import run_on_ranks
+from tests.training.test_training import train
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, corpus_values) -> RunConfig:
+    folder: Path = tmp_path_factory.mktemp("trained")
+    config = tiny_run(
+        corpus_values,
+        folder / "runs",
+        "run",
+        training={"tokens": 40_000, "micro_batch_size": 16, "sharding": "none"},
+        optimizer={"learning_rate": 1e-2},
+        evaluation={"windows": 48, "reading_windows": 8, "pseudo_targets": 8},
+    )
+    open_run_folder(config, load_manifest(config.corpus.path))
+    assert run_on_ranks(train, 1, folder / "ranks", config, 1) == [0]
+    return config
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained) -> Finished:
+    """The evaluation as it is after every training, and its report written."""
+    finished = evaluate(Request(trained.run_folder), command=["diptych", "evaluate", "context", "run"])
+    write_report(trained.run_folder, finished.folder, finished.report)
+    return finished

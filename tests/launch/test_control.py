@@ -1,0 +1,154 @@
+"""Logs, ends and cancellations of runs, as far as they need no Slurm."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch import runs
+from launch.control import cancel, ranks_of
+from launch.logs import show_log
+from launch.runs import list_runs, with_slurm
+from launch.slurm import JobState, SlurmSilentError
+from launch.starts import last_end, read_starts
+from launch.submission import Submission
+from pretrain.errors import UserError
+from pretrain.training.interface import interface_towards
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pretrain.training.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: first\n")
+    return folder
+
+
+def record(run: Path, *events: dict) -> None:
+    with (run / "jobs.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"time": 1, "job": "7", "nodes": "n1", "ranks": "2", **event}) + "\n" for event in events
+        )
+
+
+def test_why_a_job_ended_is_told_also_while_the_next_start_is_at_work(run):
+    record(run, {"event": "start", "restart": 0}, {"event": "end", "restart": 0, "code": "75", "why": "saved"})
+    assert last_end(run) == "saved"
+    record(run, {"event": "start", "restart": 1})
+    assert last_end(run) == "saved"
+    record(run, {"event": "start", "restart": 2})
+    assert last_end(run) == "ended from outside on n1: a lost node, preemption or scancel"
+    record(run, {"event": "end", "restart": 2, "code": "0", "why": "done"})
+    assert last_end(run) is None
+    (run / "jobs.jsonl").open("a").write('{"time": 1, "eve')
+    assert [(start.restart, start.exit_code, start.ranks) for start in read_starts(run)] == [
+        (0, 75, 2),
+        (1, None, 2),
+        (2, 0, 2),
+    ]
+
+
+def test_a_log_is_that_of_the_newest_start_and_of_the_rank_asked_for(run):
+    for attempt, rank in ((1, 0), (2, 0), (2, 1)):
+        log = run / "logs" / f"attempt-{attempt:04d}" / f"rank-{rank:04d}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"attempt {attempt}, rank {rank}\n")
+    shown: list[str] = []
+    show_log(run, 1, False, shown.append)
+    show_log(run, 0, False, shown.append)
+    assert shown == ["attempt 2, rank 1\n", "attempt 2, rank 0\n"]
+    with pytest.raises(UserError, match="no log of rank 5; there are rank-0000, rank-0001"):
+        show_log(run, 5, False)
+
+
+def test_a_start_whose_ranks_never_met_shows_what_they_printed(run):
+    log = run / "logs" / "attempt-0001" / "rank-0000.log"
+    early = run / "submissions" / "001" / "job-7-start-1" / "rank-0000.log"
+    for path, text in ((log, "of attempt 1\n"), (early, "cannot meet\n")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    shown: list[str] = []
+    show_log(run, 0, False, shown.append)
+    assert shown == ["cannot meet\n"]
+    early.write_text(f"this rank's log: {log}\n")
+    show_log(run, 0, False, shown.append)
+    assert shown[1:] == ["of attempt 1\n"]
+
+
+def test_following_ends_with_the_run(run, monkeypatch):
+    monkeypatch.setattr("launch.logs.QUIET_S", 0.1)
+    log = run / "logs" / "attempt-0001" / "rank-0000.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\n")
+    (run / "status.json").write_text(json.dumps({"state": "done", "heartbeat": time.time()}))
+    shown: list[str] = []
+    show_log(run, 0, True, shown.append)
+    assert shown == ["one\n"]
+
+
+def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    cancel(run, Console())
+    assert holder.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_a_run_that_is_not_at_work_cannot_be_cancelled(run):
+    with pytest.raises(UserError, match="first is neither queued nor running"):
+        cancel(run, Console())
+
+
+def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):
+    config = make_config()
+    config.run_folder.mkdir(parents=True)
+    monkeypatch.setattr("launch.local.num_gpus", lambda: 0)
+    assert ranks_of(config.run_folder, config) == 1
+    (config.run_folder / "environment.json").write_text('{"world_size": 4}')
+    assert ranks_of(config.run_folder, config) == 4
+
+
+@pytest.mark.parametrize(
+    ("states", "slurm"),
+    [
+        ({"7": JobState("RUNNING", "", "diptych abc")}, "7 running"),
+        ({"7": JobState("PENDING", "Resources", "diptych abc")}, "7 pending (Resources)"),
+        ({"7": JobState("COMPLETED"), "8": JobState("PENDING", "Priority")}, "8 evaluation pending (Priority)"),
+        ({"7": JobState("RUNNING", "", "somebody else's")}, "forgotten"),
+        ({}, "forgotten"),
+    ],
+)
+def test_the_list_says_what_slurm_says_of_the_job_that_counts(run, monkeypatch, states, slurm):
+    folder = run / "submissions" / "001"
+    folder.mkdir(parents=True)
+    Submission(1.0, "abc", {"train": "7", "evaluate": "8"}).write(folder)
+    monkeypatch.setattr(runs, "job_states", lambda _: states)
+    (row,), warning = with_slurm(list_runs(run.parent))
+    assert (row.slurm, warning) == (slurm, None)
+
+    def silent(_: object) -> dict[str, JobState]:
+        raise SlurmSilentError("it does not answer")
+
+    monkeypatch.setattr(runs, "job_states", silent)
+    (row,), warning = with_slurm(list_runs(run.parent))
+    assert row.slurm == "no answer"
+    assert "heartbeats" in str(warning)
+
+
+def test_the_interface_towards_a_host_is_the_one_that_leads_there():
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no-such-host.invalid") is None

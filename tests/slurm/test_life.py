@@ -1,0 +1,52 @@
+"""A run's life on a real cluster: queued, preempted, requeued, finished, evaluated."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tests.slurm.conftest import ROOT, Cluster, losses
+
+
+def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_and_is_evaluated(
+    slurm: Cluster, whole: Path
+):
+    checkout = slurm.project / "a checkout"
+    for part in ("pretrain", "launch", "configs"):
+        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    command = ["submit", "tiny.yaml", "name=life", "--nodes", "4", "--partition", "preempt"]
+    assert "evaluation follows as job" in slurm.diptych(*command, "cluster.sbatch.begin=now+6", home=checkout)
+    # The job waits; what happens to the checkout must not matter to it.
+    for entry in ("pretrain/training/__main__.py", "launch/cli.py"):
+        (checkout / entry).write_text("raise SystemExit(9)\n")
+    train, evaluate = slurm.job("life"), slurm.job("life", "evaluate")
+    refused = slurm.diptych("submit", "tiny.yaml", "name=life", "--nodes", "4", code=2)
+    assert f"life is queued already, as job {train}" in refused
+    assert f"life is queued already, as job {train}" in slurm.diptych("train", "tiny.yaml", "name=life", code=2)
+
+    # A signal before Python has installed its handlers.
+    early = "submissions/001/job-*-start-0/rank-0003.log"
+    slurm.wait(lambda: list(slurm.run("life").glob(early)), "start of the ranks")
+    slurm.ask("scancel", "--signal=USR2", train)
+    slurm.wait(lambda: len(slurm.starts("life")) == 2, "second start")
+    assert slurm.starts("life")[0].exit_code == 75
+    slurm.wait_for_step("life", 20)
+    assert "life is running already" in slurm.diptych("submit", "tiny.yaml", "name=life", "--nodes", "4", code=2)
+
+    # A job of a better partition takes the nodes.
+    slurm.ask("sbatch", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.wait(lambda: len(slurm.starts("life")) == 3, "third start")
+    assert slurm.starts("life")[1].exit_code == 75
+    table = slurm.diptych("runs")
+    assert f"{train} running" in table
+    assert "saved on request; back into the queue" in table
+
+    slurm.wait_for_state(evaluate, "COMPLETED")
+    assert slurm.state(train) == "COMPLETED"
+    assert [start.exit_code for start in slurm.starts("life")] == [75, 75, 0]
+    assert {start.ranks for start in slurm.starts("life")} == {4}
+    report = json.loads((slurm.run("life") / "evaluation" / "context" / "report.json").read_text())
+
+    assert losses(slurm.run("life")) == losses(whole)
+    whole_report = json.loads((whole / "evaluation" / "context" / "report.json").read_text())
+    assert report["results"] == whole_report["results"]
+    assert "is trained to its 150,000 tokens already" in slurm.diptych("submit", "tiny.yaml", "name=life", code=2)

@@ -1,0 +1,104 @@
+"""The arithmetic of model states, beside real DeepSpeed engines."""
+
+import gc
+
+import pytest
+import torch
+
+from pretrain.batch import Batch
+from pretrain.config import validate
+from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model.layout import AttentionLayout
+from pretrain.training.memory import BUCKET, LIVE, PERSISTENT, SUB_GROUP, gradient_partition, model_states
+from pretrain.training.optimizer import parameter_groups
+from tests.ranks import run_on_ranks
+
+VOCAB, LENGTH = 2048, 16
+STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
+
+
+def config_of(sharding: str, precision: str, world_size: int):
+    return validate(
+        {
+            "name": "x",
+            "corpus": {"path": "none"},
+            "data": {"sequence_length": LENGTH},
+            "model": {"hidden_size": 88, "num_heads": 2, "num_layers": 2, "unet": True, "qk_norm": True},
+            "training": {
+                "sharding": sharding,
+                "precision": precision,
+                "batch_size": 4 * world_size,
+                "micro_batch_size": 1,
+            },
+        },
+        "test",
+    )
+
+
+def group_sizes(model: torch.nn.Module) -> list[list[int]]:
+    return [[p.numel() for p in group["params"]] for group in parameter_groups(model, 0.1)]
+
+
+def storages() -> dict[int, int]:
+    """Address and bytes of every tensor that Python can reach, gradients included."""
+    gc.collect()
+    found = {}
+    for tensor in [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]:
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if part is not None and part.device.type == "cpu" and part.untyped_storage().nbytes():
+                found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return found
+
+
+def measure(rank, world_size):
+    """Per stage and precision: bytes of weights and optimizer states, of gradients, of buckets, and the groups."""
+    from pretrain.training.engine import Engine
+
+    ids = torch.randint(VOCAB, (1, LENGTH))
+    batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(LENGTH)[None])
+    results = {}
+    for precision in ("fp32", "bf16"):
+        for sharding in STAGES:
+            before = storages()
+            config = config_of(sharding, precision, world_size)
+            model = MaskedLanguageModel(config.model, VOCAB)
+            groups = group_sizes(model)
+            engine = Engine(model, config, world_size, torch.device("cpu"))
+            del model
+            for _ in range(2):
+                engine.backward(engine.forward(batch, AttentionLayout.from_batch(batch))[0].sum())
+                engine.step()
+            states = engine.torch_optimizer.state.values()
+            optimizer = sum(value.numel() * 4 for state in states for value in state.values())
+            now = {address: size for address, size in storages().items() if before.get(address) != size}
+            total = sum(size for size in now.values() if size < BUCKET)
+            results[sharding, precision] = (total, optimizer, groups)
+            del engine, states
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_model_states_are_exactly_those_of_a_real_engine_on_the_rank_that_holds_most(tmp_path, world_size):
+    ranks = run_on_ranks(measure, world_size, tmp_path / "ranks", world_size)
+    for (sharding, precision), (_, optimizer, groups) in ranks[0].items():
+        planned = model_states(groups, STAGES[sharding], world_size, precision, accumulation=4)
+        assert planned.optimizer == optimizer, (sharding, precision)
+        most = max(rank[sharding, precision][0] for rank in ranks)
+        # What DeepSpeed keeps beside them: flags and norms of a few bytes, and the batch of this test.
+        assert 0 <= most - planned.total < 1200, (sharding, precision, most, planned)
+
+
+def test_constants_are_those_that_deepspeed_starts_with():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig()
+    assert (zero.reduce_bucket_size, zero.param_persistence_threshold) == (BUCKET, PERSISTENT)
+    assert (zero.max_live_parameters, zero.sub_group_size) == (LIVE, SUB_GROUP)
+
+
+def test_a_parameter_on_the_border_of_two_ranks_has_its_gradient_on_both():
+    assert gradient_partition([[6, 4, 10]], 1) == 20
+    assert gradient_partition([[6, 4, 10]], 2) == 10
+    assert gradient_partition([[6, 8, 6]], 2) == 6 + 8
+    assert gradient_partition([[100, 1, 1]], 4) == 100 + 1 + 1

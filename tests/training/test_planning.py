@@ -1,0 +1,74 @@
+"""What fits, what is recommended, and what to change where nothing fits."""
+
+import pytest
+
+from pretrain.config import RunConfig, load_config
+from pretrain.training.planning import GIB, USABLE, Choice, Hardware, Plan, advice
+
+VOCAB = 32_768
+
+
+def run(*overrides: str, size: str = "1b") -> RunConfig:
+    values = ["data.sequence_length=1024", "training.batch_size=1024", *overrides]
+    return load_config(f"model/{size}", values, beneath={"corpus": {"path": "corpora/none"}})
+
+
+def gpus(gib: float, number: int = 8) -> Hardware:
+    return Hardware("gpu", int(gib * GIB), number, on_gpu=True)
+
+
+def test_the_least_work_that_fits_is_recommended():
+    recommended = {gib: Plan(run(), VOCAB, gpus(gib)).recommended() for gib in (2000, 70, 40, 12)}
+    assert recommended[2000] == Choice("optimizer", 0, 128)
+    assert recommended[70].checkpoint_every == 0
+    assert recommended[70].micro_batch_size == 32
+    assert (recommended[40].checkpoint_every, recommended[40].micro_batch_size) == (0, 16)
+    assert recommended[12].checkpoint_every > 0 or recommended[12].sharding != "optimizer"
+    for gib, choice in recommended.items():
+        assert Plan(run(), VOCAB, gpus(gib)).need(choice).total <= USABLE * gib * GIB
+
+
+def test_more_sharding_recomputation_or_fewer_rows_never_need_more_activations():
+    plan = Plan(run(), VOCAB, gpus(79))
+    peaks = [plan.need(Choice("optimizer", every, 32)).activations.peak for every in (0, 2, 1)]
+    assert peaks == sorted(peaks, reverse=True)
+    rows = [plan.need(Choice("full", 0, micro)).activations.peak for micro in (1, 2, 4, 8)]
+    assert rows == pytest.approx([rows[0] * k for k in (1, 2, 4, 8)], rel=0.01)
+    states = [plan.need(Choice(sharding, 0, 4)).states.total for sharding in ("none", "optimizer", "gradients", "full")]
+    assert states == sorted(states, reverse=True)
+
+
+def test_the_plan_is_for_the_phase_whose_micro_batches_need_most():
+    long = {"from_tokens": 1000, "sequence_length": 8192, "micro_batch_size": 2}
+    short = {"from_tokens": 2000, "sequence_length": 128}
+    config = run().model_copy(
+        update={"phases": RunConfig.model_validate(run().model_dump() | {"phases": [long, short]}).phases}
+    )
+    plan = Plan(config, VOCAB, gpus(79))
+    assert (plan.phase, plan.config.data.sequence_length) == (0, 1024)  # 32 rows of 1024
+    wide = long | {"micro_batch_size": 32}
+    plan = Plan(RunConfig.model_validate(run().model_dump() | {"phases": [wide, short]}), VOCAB, gpus(79))
+    assert (plan.phase, plan.config.data.sequence_length) == (1, 8192)
+
+
+def test_where_nothing_fits_every_remedy_does():
+    config = run("data.streams=4096", "training.batch_size=4096", "data.sequence_length=32768")
+    plan = Plan(config, VOCAB, gpus(24, number=1))
+    assert plan.recommended() is None
+    devices, shorter, larger = plan.remedies()
+    number = int(devices.split()[1])
+    assert Plan(config, VOCAB, gpus(24, number)).fits(plan.smallest)
+    assert not Plan(config, VOCAB, gpus(24, number // 2)).fits(plan.smallest)
+    assert shorter.startswith("shorten rows to data.sequence_length=")
+    assert Plan(config, VOCAB, gpus(int(larger.split()[3].replace(",", "")), 1)).fits(plan.smallest)
+
+
+def test_advice_after_running_out_of_memory_needs_much_less_than_the_run_did():
+    config = run("training.micro_batch_size=64")
+    text = advice(config, VOCAB, gpus(79))
+    changed = dict(part.split("=") for part in text.split() if part.startswith("training."))
+    choice = Choice(changed["training.sharding"], 0, int(changed["training.micro_batch_size"]))
+    plan = Plan(config, VOCAB, gpus(79))
+    assert changed["training.activation_checkpointing"] == "none"
+    assert plan.need(choice).total <= 0.8 * plan.need(plan.configured).total
+    assert "use devices of" in advice(run("data.sequence_length=1048576"), VOCAB, gpus(4, number=1))
