@@ -148,7 +148,7 @@ def test_a_rank_killed_by_the_kernel_is_named_with_a_hint(launch, monkeypatch):
 
 @pytest.mark.parametrize(("other", "blamed"), [({"signal": 9}, "SIGKILL"), ({"exit": 2}, "exit code 2")])
 def test_of_ranks_that_end_together_the_cause_is_blamed_and_not_its_echo(launch, monkeypatch, other, blamed):
-    monkeypatch.setattr(local, "POLL_S", 0.8)
+    monkeypatch.setattr(local, "POLL_S", 1.5)
     _, display, _ = launch({"exit": 1}, other)
     assert display.messages[0].startswith("rank 1 ")
     assert blamed in display.messages[0]
