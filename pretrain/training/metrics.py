@@ -130,7 +130,9 @@ class Metrics:
         world_size = dist.get_world_size()
         seconds = torch.zeros(world_size)
         seconds[self._rank] = own_seconds
-        both = torch.cat([sums.flatten(), seconds.to(sums.device)])
+        # In float64, where a sum of a few float32 does not depend on their order: a ring adds the ranks in an order that
+        # differs by place in the buffer, and so by how many steps a stop left to this flush.
+        both = torch.cat([sums.flatten().double(), seconds.double().to(sums.device)])
         dist.all_reduce(both)
         flat = both.tolist()
         return [flat[k : k + 2] for k in range(0, sums.numel(), 2)], flat[sums.numel() :]

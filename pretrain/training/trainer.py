@@ -201,7 +201,7 @@ class Trainer:
 
         def refuse(sums: Tensor) -> bool:
             nonlocal loss, objection
-            summed = sums[0].clone()
+            summed = sums[0].double()  # as in the metrics: in any order
             if dist.is_initialized():
                 dist.all_reduce(summed)
             loss = float(summed) / max(totals.masked, 1)
