@@ -130,7 +130,7 @@ class Metrics:
         world_size = dist.get_world_size()
         seconds = torch.zeros(world_size)
         seconds[self._rank] = own_seconds
-        # In float64, where a sum of a few float32 does not depend on their order: a ring adds the ranks in an order that
+        # In float64, where the order of adding a few float32 does not matter: a ring adds the ranks in an order that
         # differs by place in the buffer, and so by how many steps a stop left to this flush.
         both = torch.cat([sums.flatten().double(), seconds.double().to(sums.device)])
         dist.all_reduce(both)
