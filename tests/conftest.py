@@ -11,7 +11,7 @@ import pytest
 from pretrain.config import RunConfig, to_yaml, validate
 from pretrain.data.corpus import build_corpus
 from pretrain.data.manifest import Manifest, load_manifest
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, train_alone
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 
@@ -77,21 +77,6 @@ def manifest(corpus_values: dict[str, Any]) -> Manifest:
     return load_manifest(Path(corpus_values["path"]))
 
 
-class _NoStop:
-    """A run that nobody stops."""
-
-    requested = False
-    signal_name = None
-
-
-def _train(rank: int, config: RunConfig) -> None:
-    import torch
-
-    from pretrain.training.trainer import Trainer
-
-    Trainer(config, rank, 1, torch.device("cpu"), _NoStop()).train()
-
-
 @pytest.fixture(scope="session")
 def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of one rank that is trained to its end, with its last three checkpoints."""
@@ -102,7 +87,7 @@ def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPat
     from pretrain.training.run_folder import open_run_folder
 
     open_run_folder(config, load_manifest(config.corpus.path))
-    run_on_ranks(_train, 1, folder / "ranks", config)
+    run_on_ranks(train_alone, 1, folder / "ranks", config)
     return config
 
 

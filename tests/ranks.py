@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pretrain.config import RunConfig
+
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on each rank; returns what each returned. `folder` is for their meeting point."""
@@ -25,3 +27,17 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     torch.save(function(rank, *arguments), Path(folder) / "results" / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+class NoStop:
+    """A run that nobody stops."""
+
+    requested = False
+    signal_name = None
+
+
+def train_alone(rank: int, config: RunConfig) -> None:
+    """Train on the only rank; not in a conftest, whose name as a module is that of every other conftest."""
+    from pretrain.training.trainer import Trainer
+
+    Trainer(config, rank, 1, torch.device("cpu"), NoStop()).train()
