@@ -207,8 +207,8 @@ def find_manifest(config: RunConfig) -> Manifest:
     """
     if not config.corpus.url and not (config.corpus.path / MANIFEST).is_file():
         raise UserError(
-            f"there is no corpus at {config.corpus.path}; build it first, with `diptych data build CONFIG` or as a job "
-            "with slurm/prepare.sbatch: no GPU should wait for it"
+            f"there is no corpus at {config.corpus.path}; build it first, with `diptych data build CONFIG`, here or "
+            "in a job without GPUs: no GPU should wait for it"
         )
     from launch.display import make_console
     from launch.train import ensure_corpus
