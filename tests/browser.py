@@ -39,7 +39,8 @@ class Browser:
 
     def __enter__(self) -> "Browser":
         assert CHROMIUM is not None
-        self._profile = tempfile.TemporaryDirectory()
+        # Chromium's helpers outlive it for a moment, and write in the profile while it is being removed.
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         commands, self._out = os.pipe()
         self._in, events = os.pipe()
 
