@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -48,6 +49,8 @@ from pretrain.training.fragments import fragments_to_save
 
 CHUNK = 8 * 2**20
 """Bytes that are hashed and written at a time."""
+FLUSH = 64 * 2**20
+"""Bytes of a file after which it begins to be flushed to the disk."""
 SPARE_BYTES = 64 * 2**20
 """What a save leaves free on the disk, for metrics and logs."""
 MEETING_TIMEOUT = timedelta(hours=2)
@@ -315,14 +318,28 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _write_bytes(path: Path, contents: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a new file and flush it to the disk. Bytes are hashed on their way, not read back."""
+    """Write a new file and flush it to the disk. Bytes are hashed on their way, not read back.
+
+    Hashing, writing and flushing go on side by side: each would wait for another part of the machine.
+    """
     digest, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
+    hashing: Future[None] | None = None
+    flushing: Future[None] | None = None
+    with path.open("xb") as file, ThreadPoolExecutor(2) as pool:
         for content in contents:
             for start in range(0, len(content), CHUNK):
                 chunk = content[start : start + CHUNK]
-                digest.update(chunk)
+                if hashing is not None:
+                    hashing.result()
+                hashing = pool.submit(digest.update, chunk)
                 size += file.write(chunk)
+                if size >= FLUSH and (flushing is None or flushing.done()):
+                    if flushing is not None:
+                        flushing.result()  # the kernel tells of an error only once
+                    flushing = pool.submit(os.fdatasync, file.fileno())
+        for done in (hashing, flushing):
+            if done is not None:
+                done.result()
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(bytes=size, sha256=digest.hexdigest())
