@@ -295,7 +295,7 @@ def plot(rows: list[Row], path: Path) -> None:
     """Times over length, and the times as ratios: a line of panels per curve."""
     points = [row for row in rows if row.ratio is not None and row.curve is not None]
     curves = list(dict.fromkeys(row.curve for row in points))
-    figure = Figure(figsize=(10, 3.6 * len(curves)), layout="constrained")
+    figure = Figure(figsize=(10, 4.4 * len(curves)), layout="constrained")
     for (times, ratios), curve in zip(figure.subplots(len(curves), 2, squeeze=False), curves, strict=True):
         of_curve = [row for row in points if row.curve == curve]
         lines = {
@@ -316,7 +316,8 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.set_xlabel("length in tokens")
         times.set(yscale="log", ylabel="ms", title=f"{curve}: forward + backward")
         ratios.set(ylabel=f"time / time of {of_curve[0].reference}", ylim=(0, None), title="the same, as ratios")
-        times.legend(fontsize=7, loc="lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
 
 

@@ -267,7 +267,8 @@ class Supervisor:
     def _exit_code(self) -> int:
         codes = {rank.exit_code for rank in self._ranks}
         if self.failed:
-            return next((code for code in TELLING for rank in self.failed if rank.exit_code == code), EXIT_FAILED)
+            wrong_input = any(rank.exit_code == EXIT_WRONG_INPUT for rank in self.failed)
+            return EXIT_WRONG_INPUT if wrong_input else EXIT_FAILED
         if codes == {EXIT_DONE}:
             return EXIT_DONE
         if self._ended_by_watchdog() and not self._requests.at_once:

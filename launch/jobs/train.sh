@@ -106,7 +106,10 @@ case $code in
         error=$(grep -h '^error: ' "${logs[@]}" "$start"/*.log "$log" 2>/dev/null | tail -n 1)
         record end code 2 why "$(LC_ALL=C tr -d '[:cntrl:]\\"' <<<"$error")"
         ;;
-    3) record end code 3 why "a newer start has taken the run over" ;;
+    3)
+        code=1
+        record end code 1 why "a newer start has taken the run over"
+        ;;
     *)
         # A node or a rank was lost. What has come further than before may go on; a mistake would only be repeated.
         if [ "$(newest_checkpoint)" != "$before" ]; then

@@ -17,10 +17,10 @@ from pretrain.evaluation.plan import Part, Plan
 from pretrain.evaluation.planning import Request, make_plan
 from pretrain.evaluation.recalibrate import plan_of, recalibration_result
 from pretrain.evaluation.schema import ContextReport, LengthResult, Provenance
-from pretrain.evaluation.session import Session, checkpoint_digest, find_checkpoint
+from pretrain.evaluation.session import Session, checkpoint_digest
 from pretrain.evaluation.statistics import entropy_of_counts
 from pretrain.evaluation.work import missing_parts, part_path, run_parts
-from pretrain.training.checkpoint import checkpoint_name, load_state
+from pretrain.training.checkpoint import checkpoint_name, find_checkpoint, load_state
 from pretrain.training.metrics import read_metrics
 
 Progress = Callable[[str, int, int], None]
@@ -76,7 +76,7 @@ def evaluate(
 def evaluate_recalibrated(finished: Finished, config: RunConfig, tokens: int, report: Progress) -> Finished:
     """Add to a report what the run `config`, which went on from the report's checkpoint on long rows, has become."""
     before = finished.session
-    checkpoint = find_checkpoint(config.run_folder, None)
+    checkpoint = find_checkpoint(config.run_folder / "checkpoints")
     state = load_state(checkpoint)
     plan = plan_of(before.plan, config, state.step, checkpoint_digest(checkpoint))
     session = Session(plan, before.device, before.documents)

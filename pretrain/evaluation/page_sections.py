@@ -1,6 +1,7 @@
 """The sections of report.html, each from a `ContextReport` to HTML; a section without numbers is left out."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 
 from pretrain.evaluation.charts import HeatMap, Line, heat_map, line_chart
@@ -135,28 +136,15 @@ def _needing(report: ContextReport) -> str:
     average = Line("all tokens", [(r.length, r.gain) for r in results])
     helped = Line("helped", [(r.length, 100 * r.helped) for r in results])
     hurt = Line("hurt", [(r.length, 100 * r.hurt) for r in results])
+    over_context = partial(line_chart, x_label="context", log_x=True, x_name=lambda x: times.get(x, ""), zero=True)
     charts = grid(
         card(
             "Gain over the crop",
-            line_chart(
-                [needing, average],
-                x_label="context",
-                y_label="nats per masked token",
-                log_x=True,
-                x_name=lambda x: times.get(x, ""),
-                zero=True,
-            ),
+            over_context([needing, average], y_label="nats per masked token"),
         ),
         card(
             "Targets helped and hurt",
-            line_chart(
-                [helped, hurt],
-                x_label="context",
-                y_label="% of the targets",
-                log_x=True,
-                x_name=lambda x: times.get(x, ""),
-                zero=True,
-            ),
+            over_context([helped, hurt], y_label="% of the targets"),
             f"Whose loss is lower, or higher, than at 1x by more than {need.threshold:g} nats.",
         ),
     )

@@ -13,11 +13,11 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.plan import TASKS, Plan
 from pretrain.evaluation.readings import ABLATIONS, INTERVENTIONS, Reading, reason_against
-from pretrain.evaluation.session import Session, checkpoint_digest, config_of_run, find_checkpoint
+from pretrain.evaluation.session import Session, checkpoint_digest, config_of_run
 from pretrain.evaluation.windows import Ids, make_rows, read_documents, window_length
 from pretrain.files import write_json
 from pretrain.section import Section
-from pretrain.training.checkpoint import load_state
+from pretrain.training.checkpoint import find_checkpoint, load_state
 
 MIN_DOCUMENTS = 4
 """Fewer documents than this say nothing about a length."""
@@ -74,7 +74,7 @@ def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[
     """
     config = config_of_run(request.run_folder, request.corpus, request.overrides)
     manifest = load_manifest(config.corpus.path)
-    checkpoint = find_checkpoint(request.run_folder, request.step)
+    checkpoint = find_checkpoint(request.run_folder / "checkpoints", request.step)
     state = load_state(checkpoint)
     if request.corpus is None and state.fingerprint != manifest.fingerprint:
         raise UserError(

@@ -26,11 +26,8 @@ from pretrain.model.layout import AttentionLayout
 from pretrain.training.checkpoint import (
     MANIFEST,
     checkpoint_name,
-    list_checkpoints,
     load_state,
     load_weights,
-    newest_valid_checkpoint,
-    verify_checkpoint,
 )
 from pretrain.training.engine import resolve_precision
 
@@ -39,27 +36,6 @@ T = TypeVar("T")
 
 class DoesNotFitError(Exception):
     """Not even one row of this length fits into memory."""
-
-
-def find_checkpoint(run_folder: Path, step: int | None) -> Path:
-    """The newest valid checkpoint, or that of `step`.
-
-    Raises:
-        UserError: there is none, or that of `step` is damaged.
-    """
-    checkpoints = run_folder / "checkpoints"
-    if step is None:
-        path, warnings = newest_valid_checkpoint(checkpoints)
-        if path is None:
-            raise UserError(f"{run_folder} has no valid checkpoint; train first. {' '.join(warnings)}".strip())
-        return path
-    available = ", ".join(str(int(p.name.removeprefix("step-"))) for p in list_checkpoints(checkpoints)) or "none"
-    path = checkpoints / checkpoint_name(step)
-    if path not in list_checkpoints(checkpoints):
-        raise UserError(f"{run_folder} has no checkpoint of step {step}; there are: {available}")
-    if problems := verify_checkpoint(path):
-        raise UserError(f"{path} is damaged ({'; '.join(problems)}); there are: {available}")
-    return path
 
 
 def checkpoint_digest(path: Path) -> str:

@@ -148,8 +148,3 @@ def middle_targets(rows: Rows) -> npt.NDArray[np.bool_]:
     is_target = rows.targets != IGNORED
     number = is_target.cumsum(axis=1)
     return is_target & (number == (number[:, -1:] + 1) // 2)
-
-
-def rows_of_documents(documents: Sequence[Ids], training_length: int, multiples: Sequence[float]) -> dict[float, int]:
-    """Multiple -> number of documents that hold a window of so many training lengths."""
-    return {m: sum(len(ids) >= m * training_length for ids in documents) for m in multiples}

@@ -235,7 +235,7 @@ def test_another_corpus_of_the_same_tokenizer_is_read_and_one_of_another_is_refu
 def test_missing_runs_checkpoints_and_reports_are_named(trained, tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         make_plan(Request(tmp_path), CPU)
-    with pytest.raises(UserError, match=r"no checkpoint of step 12345; there are: \d+"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 12345 in .*; there are: \d+"):
         make_plan(Request(trained.run_folder, step=12345), CPU)
     with pytest.raises(UserError, match="diptych evaluate context"):
         read_report(tmp_path / "run" / "evaluation" / "context" / "report.json")

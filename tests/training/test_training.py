@@ -49,7 +49,8 @@ def train_whole_and_in_pieces(rank, pairs):
     return codes
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_stopped_and_resumed_twice_continues_bit_for_bit_at_every_stage(
     make_config, manifest, tmp_path, precision
 ):

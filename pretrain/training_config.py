@@ -1,0 +1,97 @@
+"""The sections `training`, `checkpoint` and `supervision`: how a run steps, saves and is watched."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.section import Count, Section, Share
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Applied to matrices only: not to norms, not to embeddings."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+
+class ScheduleConfig(Section):
+    """Warm-up, stable, decay: the learning rate as a pure function of tokens seen."""
+
+    warmup: Share = 0.03
+    """Share of `training.tokens` during which the rate rises linearly from zero."""
+    decay: Share = 0.3
+    """Share of `training.tokens`, at the end, during which it falls linearly."""
+    final: Share = 0.02
+    """Fraction of the peak that it falls to."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleConfig":
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup + decay = {self.warmup + self.decay:g} is more than the whole run")
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, in what portions, in which precision, and how it is spread over ranks."""
+
+    tokens: Count = 3_500_000
+    """Stop after this many tokens (padding not counted)."""
+    batch_size: Count = 64
+    """Rows per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: Count = 32
+    """Largest number of rows that one rank puts through the model at once."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 where the processor multiplies bf16 matrices natively, fp32 elsewhere."""
+    sharding: Literal["none", "optimizer", "gradients", "full"] = "optimizer"
+    """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3."""
+    activation_checkpointing: Literal["none", "full"] | Count = "none"
+    """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
+    k (every k-th block)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks, once for all lengths; `auto` is on for CUDA."""
+    max_skipped_steps: Count = 5
+    """Stop with an error after this many steps in a row were skipped."""
+    spikes: Literal["off", "skip", "rollback"] = "off"
+    """What follows a loss far above those before it. `off`: it is reported, and the step is taken: clipping and AdamW
+    bound what it can do. `skip`: the step is not taken. `rollback`: as `skip`, and instead of stopping after
+    `max_skipped_steps` the run goes back to its last checkpoint and on with the rows behind the offending ones. The
+    last two look at each loss before the optimizer moves, which costs one more wait for the device per step."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 10.0
+    """How far a spike is above the median of the last 128 losses, in robust standard deviations of these."""
+    log_every: Count = 10
+    """Steps between two progress lines; metrics.jsonl gets every step regardless."""
+    validate_every: Count = 100
+    """Steps between two validations; there is always one at the end."""
+    validation_rows: Count = 512
+    """Rows of the validation split in each of them, with fixed masks (fewer if the split has fewer)."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and what is kept."""
+
+    every: Count = 100
+    """Steps between two checkpoints; there is always one at the end and on a signal."""
+    keep_last: Count = 2
+    """Keep this many of the newest."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
+    background: bool = Field(default=True, alias="async")
+    """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, over all ranks);
+    write them meanwhile. The last save of a run waits until it is on the disk."""
+    strict: bool = False
+    """Refuse to resume from an older checkpoint where a newer one is damaged."""
+
+
+class SupervisionConfig(Section):
+    """When a run that makes no progress is ended, so that it can be resumed (exit code 75)."""
+
+    silence_s: Annotated[float, Field(gt=0)] = 600.0
+    """No step and no batch of a validation is completed on a rank for so many seconds."""
+    long_silence_s: Annotated[float, Field(gt=0)] = 1800.0
+    """The same while a rank starts, compiles, or loads or saves a checkpoint."""
