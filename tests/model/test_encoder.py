@@ -67,6 +67,22 @@ def test_rotary_scores_depend_on_distance_only_and_each_sub_head_has_all_frequen
         rotary_frequencies(7, 10_000.0)
 
 
+@pytest.mark.parametrize("attention", ["dual_triangle", "bidirectional", "causal"])
+def test_shifting_all_rotary_positions_changes_nothing_in_a_layer(attention):
+    config = small(attention=attention)
+    block = Encoder(config, 50).blocks[0]
+    x, positions = torch.randn(2, 9, 32), torch.arange(9).expand(2, 9)
+    layout, frequencies = (
+        AttentionLayout.from_batch(full_batch(positions)),
+        rotary_frequencies(config.sub_head_size, 100.0),
+    )
+    here, there, wider = (
+        block(x, layout, rotary_table(p, frequencies), "sdpa") for p in (positions, positions + 50, 2 * positions)
+    )
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-5)
+    assert (wider - here).abs().max() > 1e-3
+
+
 def test_dual_triangle_attention_costs_no_parameter_more():
     counts = {
         kind: sum(p.numel() for p in Encoder(small(attention=kind), 50).parameters())

@@ -321,3 +321,22 @@ def test_kernels_that_cannot_run_here_are_refused():
         attention(q, k, v, layout, "causal", window=0)
     with pytest.raises(ValueError, match=r"layout\.to\(device\)"):
         attention(q, k, v, layout.to(torch.device("meta")), "causal")
+
+
+@pytest.mark.usefixtures("short_rows")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("rows", [([], [4, 2], [5]), ([], [5])])
+def test_no_call_of_torch_has_a_softmax_over_nothing(kind, window, rows, monkeypatch):
+    """What that gives is up to torch: zeros in some versions, NaN in others."""
+    call = kernels.F.scaled_dot_product_attention
+
+    def checked(q, k, v, attn_mask=None, is_causal=False):
+        if attn_mask is not None:
+            seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
+            assert seen.any(dim=-1).all()
+        return call(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", checked)
+    layout = layout_of(*rows, length=7)
+    attention(*random_qkv(layout), layout, kind, "sdpa", window)
