@@ -281,23 +281,22 @@ class Supervisor:
 class StatusFeed:
     """Passes what rank 0 writes to status.json on to the display: each event once, nothing of an earlier attempt."""
 
-    def __init__(self, run_folder: Path, display: Display) -> None:
-        self._run_folder, self._display = run_folder, display
-        self._launched_at = time.time()
+    def __init__(self, attempt: Attempt, display: Display) -> None:
+        self._attempt, self._display = attempt, display
         self._modified_ns = 0
         self._events = 0
 
     def refresh(self) -> None:
         """Show what is new since the last call."""
         try:
-            modified_ns = (self._run_folder / STATUS).stat().st_mtime_ns
+            modified_ns = (self._attempt.run_folder / STATUS).stat().st_mtime_ns
         except OSError:
             return
         if modified_ns == self._modified_ns:
             return
         self._modified_ns = modified_ns
-        status = read_status(self._run_folder)
-        if status is None or status.heartbeat < self._launched_at:
+        status = read_status(self._attempt.run_folder)
+        if status is None or status.attempt != self._attempt.number:
             return
         for event in status.events[max(self._events - status.events_before, 0) :]:
             self._display.message(event)
@@ -310,7 +309,7 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
 
     Returns:
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
-        wrong; 3: a newer attempt has taken the run over; 1: anything else. No rank is left running in any case.
+        wrong; 1: anything else. No rank is left running in any case.
     """
     from pretrain.training.run_folder import CORPUS_URL
 
@@ -320,7 +319,7 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
     port, gpus = free_port(), num_gpus()
     ranks: list[Rank] = []
     with stop_requests() as requests, display:
-        feed = StatusFeed(run_folder, display)
+        feed = StatusFeed(attempt, display)
         try:
             for number in range(num_ranks):
                 environment = rank_environment(number, num_ranks, port, gpus, os.environ)

@@ -1,6 +1,10 @@
 """Rows -> the part of each optimizer step that one rank puts through the model, with the state to resume after it."""
 
+import multiprocessing.queues
+import os
+import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
@@ -121,11 +125,45 @@ class _TrainingSteps(IterableDataset[StepRows]):
         return [StepRows(*pair) for pair in zip(block.split(rows), states, strict=True)]
 
 
-def _ignore_signals(_: int) -> None:
-    """Workers live as long as their rank; a signal to all processes must not end them before it has saved."""
+def _begin_worker(_: int) -> None:
+    """Workers live as long as their rank; a signal to all processes must not end them before it has saved.
+
+    What a worker cannot hand over, Python would print and drop, and the rank would wait for it for ever.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, _: object) -> None:
+    print(f"a loader worker cannot hand its rows over: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _shared_memory() -> str:
+    """How much there is, and what to do about it."""
+    try:
+        disk = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "use data.workers=0"
+    return (
+        f"/dev/shm, through which workers hand their rows over, holds {disk.total / 1e6:,.1f} MB, of which "
+        f"{disk.free / 1e6:,.1f} are free now; give the container more "
+        "(--shm-size, --ipc=host), or use fewer data.workers; 0 needs none"
+    )
+
+
+def _explained(steps: Iterator[StepRows]) -> Iterator[StepRows]:
+    """The same, with an answer to a worker that died."""
+    try:
+        yield from steps
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{str(error).splitlines()[0].rstrip('.')}. This log may say why. {_shared_memory()}"
+        ) from error
 
 
 def training_steps(
@@ -136,7 +174,8 @@ def training_steps(
     They are those of the phase that `state` is in.
 
     Raises:
-        UserError: the corpus has fewer training shards than the run has streams.
+        UserError: the corpus has fewer training shards than the run has streams, or no worker can be started.
+        RuntimeError: a worker ended.
     """
     phase = state.rows.shape[1] - 1
     rules = [packing_rule(config.in_phase(number), manifest) for number in range(phase + 1)]
@@ -150,16 +189,19 @@ def training_steps(
         )
     dataset = _TrainingSteps(config, source, masking_rule(config), state, rank, world_size)
     workers = config.data.workers
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_ignore_signals if workers else None,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_begin_worker if workers else None,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
+    try:
+        steps = iter(loader)  # the workers begin at once
+    except OSError as error:
+        raise UserError(f"loader workers cannot be started: {error}. {_shared_memory()}") from error
+    return _explained(steps)
 
 
 def validation_batches(
