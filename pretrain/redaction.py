@@ -7,6 +7,8 @@ import re
 HIDDEN = "***"
 _NAME = r"token|secret|passw(?:or)?d|pwd|api_?key|access_?key|private_?key"
 _VARIABLE = re.compile(rf"(?:^|_)(?:{_NAME})(?:_|$)", re.IGNORECASE)
+_DIRECTORIES = ("PWD", "OLDPWD")
+"""Of the shell: no passwords, whatever their names end in."""
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 _QUERY = re.compile(rf"(?<=[?&])([\w.-]*(?:{_NAME}|credential|signature|sig|auth)[\w.-]*)=[^&#\s'\"]+", re.IGNORECASE)
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
@@ -25,7 +27,11 @@ def redact(text: str) -> str:
 
 def _secrets_of_environment() -> list[str]:
     """Longest first: one may be part of another."""
-    values = {value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST}
+    values = {
+        value
+        for name, value in os.environ.items()
+        if _VARIABLE.search(name) and name not in _DIRECTORIES and len(value) >= _SHORTEST
+    }
     return sorted(values, key=len, reverse=True)
 
 

@@ -2,10 +2,12 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+OnOff = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
+"""For words among which are on and off: YAML 1.1 reads these two, bare, as booleans."""
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.section import Count, Section, Share
+from pretrain.section import Count, OnOff, Section, Share
 
 
 class OptimizerConfig(Section):
@@ -53,11 +53,11 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "full"] | Count = "none"
     """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
     k (every k-th block)."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
     """torch.compile of the blocks, once for all lengths; `auto` is on for CUDA."""
     max_skipped_steps: Count = 5
     """Stop with an error after this many steps in a row were skipped."""
-    spikes: Literal["off", "skip", "rollback"] = "off"
+    spikes: Annotated[Literal["off", "skip", "rollback"], OnOff] = "off"
     """What follows a loss far above those before it. `off`: it is reported, and the step is taken: clipping and AdamW
     bound what it can do. `skip`: the step is not taken. `rollback`: as `skip`, and instead of stopping after
     `max_skipped_steps` the run goes back to its last checkpoint and on with the rows behind the offending ones. The

@@ -34,6 +34,13 @@ def test_includes_come_first_then_the_file_then_overrides(write):
     assert config.corpus.path.is_absolute()
 
 
+def test_on_and_off_are_words_also_where_yaml_reads_booleans(write):
+    path = write("corpus: {path: c}\nname: x\ntraining: {spikes: off, compile: on}\n")
+    assert load_config(path, []).training.compile == "on"
+    training = load_config(path, ["training.compile=off"]).training
+    assert (training.compile, training.spikes) == ("off", "off")
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in config_folder().glob("*.yaml")))
 def test_every_complete_config_is_valid_and_survives_being_written_out(name, write):
     config = load_config(name)

@@ -27,8 +27,12 @@ def test_urls_and_headers_lose_their_secrets_and_nothing_else(text, written):
 def test_values_of_secret_variables_are_hidden_wherever_they_stand(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t/value")
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
+    monkeypatch.setenv("DB_PWD", "hunter2")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsehood")
-    assert redact("a s3cr3t/value b hf_abcdef falsehood") == "a *** b *** falsehood"
+    monkeypatch.setenv("PWD", "/home/me/work")
+    monkeypatch.setenv("OLDPWD", "/home/me")
+    assert redact("a s3cr3t/value b hf_abcdef hunter2 falsehood") == "a *** b *** *** falsehood"
+    assert redact("/home/me/work/tiny.yaml") == "/home/me/work/tiny.yaml"
 
 
 def test_a_traceback_in_a_log_is_redacted(monkeypatch):
