@@ -114,14 +114,16 @@ def _script(
     return text
 
 
-def show_scripts(config: RunConfig, console: Console, *, evaluate: bool) -> None:
-    """Print what `submit` would send."""
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
-    folder = config.run_folder / SUBMISSIONS / "NUMBER"
-    console.out(train_script(config, folder, "TOKEN", name=config.name), highlight=False)
+def show_scripts(
+    config: RunConfig, console: Console, *, folder: Path, name: str, evaluate: bool = True, members: int = 0
+) -> None:
+    """Print what would be sent for a run, or for `members` runs as an array; `folder` is that of the run or sweep."""
+    submission = folder / SUBMISSIONS / "NUMBER"
+    console.out(train_script(config, submission, "TOKEN", name=name, members=members), highlight=False)
     if evaluate:
-        console.out("\n# And after it: sbatch --dependency=afterok:JOB --kill-on-invalid-dep=yes\n", highlight=False)
-        console.out(evaluation_script(config, folder, "TOKEN", name=config.name), highlight=False)
+        after = "aftercorr" if members else "afterok"
+        console.out(f"\n# And after it: sbatch --dependency={after}:JOB --kill-on-invalid-dep=yes\n", highlight=False)
+        console.out(evaluation_script(config, submission, "TOKEN", name=name, members=members), highlight=False)
 
 
 def submit(
