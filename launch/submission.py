@@ -67,11 +67,23 @@ def submission_folders(run_folder: Path) -> list[Path]:
 
 def newest_submission(run_folder: Path) -> Submission | None:
     """The last submission of a run; None where there was none."""
+    readable = (_read(folder) for folder in reversed(submission_folders(run_folder)))
+    return next((submission for submission in readable if submission is not None), None)
+
+
+def _read(folder: Path) -> Submission | None:
+    try:
+        return Submission(**json.loads((folder / RECORD).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def find_submission(run_folder: Path, job_id: str) -> Path | None:
+    """The folder of the newest submission of a run whose training is this job; None where there is none."""
     for folder in reversed(submission_folders(run_folder)):
-        try:
-            return Submission(**json.loads((folder / RECORD).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            continue
+        submission = _read(folder)
+        if submission is not None and submission.jobs.get("train") == job_id:
+            return folder
     return None
 
 

@@ -141,8 +141,6 @@ def submit(
         check_cluster(config.cluster)
         refuse_if_queued(config.run_folder)
     from launch.train import is_complete
-    from pretrain.training.run_folder import open_run_folder
-    from pretrain.training.run_lock import run_lock
 
     manifest = find_manifest(config)
     if queue:
@@ -154,22 +152,44 @@ def submit(
             f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
         )
-    with run_lock(config.run_folder):
-        for line in open_run_folder(config, manifest, allow_change):
-            say(console, line)
-        (config.run_folder / CANCELLED).unlink(missing_ok=True)
-        folder = make_folder(config.run_folder)
-        submission = fill_folder(folder, config)
-        scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
-        if evaluate:
-            scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
-        for name, script in scripts.items():
-            write_text(folder / f"{name}.sbatch", script)
-    # Without the lock: a job that starts at once must find the run free.
+    folder, submission = prepare(config, manifest, console, allow_change)
+    scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
+    if evaluate:
+        scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
+    for name, script in scripts.items():
+        write_text(folder / f"{name}.sbatch", script)
     if queue:
         queue_scripts(folder, submission, scripts)
         _say_what_is_queued(config, submission, console)
     return folder
+
+
+def open_run(config: RunConfig, manifest: Manifest, console: Console, allow_change: Sequence[str] = ()) -> None:
+    """Make the run folder, or check the one that is there; the run's lock is free again for a job that starts at once.
+
+    Raises:
+        UserError: the run is at work, or its folder holds another run.
+    """
+    from pretrain.training.run_folder import open_run_folder
+    from pretrain.training.run_lock import run_lock
+
+    with run_lock(config.run_folder):
+        for line in open_run_folder(config, manifest, allow_change):
+            say(console, f"{config.name}: {line}")
+        (config.run_folder / CANCELLED).unlink(missing_ok=True)
+
+
+def prepare(
+    config: RunConfig, manifest: Manifest, console: Console, allow_change: Sequence[str] = ()
+) -> tuple[Path, Submission]:
+    """Open the run, and make a submission's folder with all that its jobs need.
+
+    Raises:
+        UserError: see `open_run`.
+    """
+    open_run(config, manifest, console, allow_change)
+    folder = make_folder(config.run_folder)
+    return folder, fill_folder(folder, config)
 
 
 def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str], after: str = "afterok") -> None:

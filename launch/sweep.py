@@ -21,9 +21,9 @@ from launch.runs import SWEEP
 from launch.slurm import check_cluster, check_script
 from launch.submission import Submission, fill_folder, make_folder
 from launch.submit import (
-    CANCELLED,
     evaluation_script,
     find_manifest,
+    open_run,
     queue_scripts,
     refuse_if_queued,
     show_scripts,
@@ -224,9 +224,6 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
     Raises:
         UserError: Slurm or a member's run folder refuses.
     """
-    from pretrain.training.run_folder import open_run_folder
-    from pretrain.training.run_lock import run_lock
-
     check_ranks(sweep)
     first = sweep.configs[0]
     check_cluster(first.cluster)
@@ -236,11 +233,7 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
         return
     check_script(train_script(first, sweep.folder, "TOKEN", name=sweep.name, members=len(waiting)))
     for config in waiting:
-        manifest = find_manifest(config)
-        with run_lock(config.run_folder):
-            for line in open_run_folder(config, manifest):
-                say(console, f"{config.name}: {line}")
-            (config.run_folder / CANCELLED).unlink(missing_ok=True)
+        open_run(config, find_manifest(config), console)
     folder = make_folder(sweep.folder)
     submission = fill_folder(folder, first, [config.run_folder for config in waiting])
     scripts = {

@@ -1,5 +1,6 @@
 """`diptych submit`: queue a run on a Slurm cluster."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,10 @@ def submit(
     queue: Annotated[
         bool, typer.Option(help="--no-queue prepares the run and its scripts, prints their folder, and queues nothing.")
     ] = True,
+    in_job: Annotated[
+        bool,
+        typer.Option("--in-job", help="In a job's own script: prepare the run for that job, and print its folder."),
+    ] = False,
     evaluate: Annotated[bool, typer.Option(help="Evaluate in a job of its own after the training.")] = True,
     allow_change: Annotated[
         list[str] | None,
@@ -44,18 +49,24 @@ def submit(
 
     [bold]Example:[/bold] diptych submit my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
     """
-    changes = cluster.cluster_overrides(locals())
+    changes = [*(overrides or []), *cluster.cluster_overrides(locals())]
     from launch.display import make_console
+    from launch.in_job import allocation_overrides, prepare_run
     from launch.submit import show_scripts
     from launch.submit import submit as submit_run
     from pretrain.config import check_topology, load_config
 
-    run = load_config(config, [*(overrides or []), *changes])
-    console = make_console()
+    run = load_config(config, [*changes, *(allocation_overrides() if in_job else [])])
     if dry_run:
         check_topology(run, run.cluster.nodes * run.cluster.ranks_per_node)
-        show_scripts(run, console, folder=run.run_folder, name=run.name, evaluate=evaluate)
+        show_scripts(run, make_console(), folder=run.run_folder, name=run.name, evaluate=evaluate)
         return
-    folder = submit_run(run, console, evaluate=evaluate, queue=queue, allow_change=allow_change or [])
-    if not queue:
+    # Where a script reads the folder's name, nothing else is in its way.
+    console = make_console(stderr=in_job or not queue)
+    folder: Path | None
+    if in_job:
+        folder = prepare_run(run, console, allow_change or [])
+    else:
+        folder = submit_run(run, console, evaluate=evaluate, queue=queue, allow_change=allow_change or [])
+    if folder and (in_job or not queue):
         print(folder)

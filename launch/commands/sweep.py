@@ -42,6 +42,10 @@ def sweep_run(
     dry_run: Annotated[
         bool, typer.Option(help="Print the members, and the scripts that would be sent to sbatch; do nothing.")
     ] = False,
+    in_job: Annotated[
+        bool,
+        typer.Option("--in-job", help="In the script of an array: prepare this job's member, and print its folder."),
+    ] = False,
     nodes: cluster.Nodes = None,
     min_nodes: cluster.MinNodes = None,
     gpus_per_node: cluster.GpusPerNode = None,
@@ -68,15 +72,21 @@ def sweep_run(
     """
     of_cluster = cluster.cluster_overrides(locals())
     from launch.display import make_console
+    from launch.in_job import allocation_overrides, prepare_member
     from launch.sweep import is_axis, plan_sweep, run_here, show_sweep, submit_sweep
 
     overrides = [*(change for change in changes or [] if not is_axis(change)), *of_cluster]
+    overrides += allocation_overrides() if in_job else []
     axes = [*(grid or []), *(change for change in changes or [] if is_axis(change))]
     console = make_console()
     with resumable():
         sweep = plan_sweep(config, overrides, axes)
         if dry_run:
             show_sweep(sweep, console)
+            return
+        if in_job:
+            folder = prepare_member(sweep, make_console(stderr=True))
+            print(folder or "", end="")
             return
         sweep.write()
         if not local:

@@ -3,7 +3,7 @@
 
 # shellcheck source=/dev/null
 . "$submission/settings.sh"
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+if [ -e "$submission/members" ]; then
     run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$submission/members")
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}

@@ -48,7 +48,10 @@ class Cluster:
     def __init__(self, folder: Path, project: Path) -> None:
         self.folder, self.project = folder, project
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "etc" / "slurm.conf"), "PYTHONPATH": str(ROOT)}
-        self.environment |= {"COLUMNS": "250", "NO_COLOR": "1"}
+        # Where jobs find `diptych`, and tools that a test pretends to have.
+        self.tools = folder.parent / "bin"
+        path = f"{self.tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment |= {"COLUMNS": "250", "NO_COLOR": "1", "PATH": path}
 
     def tool(self, command: str, *arguments: str) -> None:
         """Run slurm-cluster."""
@@ -56,7 +59,9 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.project, capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout.strip()
 
     def diptych(self, *arguments: str, code: int = 0, home: Path = ROOT) -> str:
