@@ -91,3 +91,15 @@ def test_a_corpus_is_built_as_an_array_whose_parts_a_last_job_joins(slurm: Clust
     slurm.diptych(
         "train", "tiny.yaml", "corpus.path=in-parts", "name=of-parts", "training.tokens=5_000", "--no-evaluate"
     )
+
+
+def test_an_evaluation_that_is_interrupted_goes_on_and_one_that_is_cancelled_stays_so(slurm: Cluster, whole: Path):
+    evaluate = queue(slurm, "evaluate", "whole", "windows=400", "task_samples=100")
+    log = f"diptych-evaluate-{evaluate}.out"
+    slurm.wait(lambda: "losses" in output(slurm, log), "first result")
+    slurm.ask("scancel", "--signal=USR2", evaluate)
+    slurm.wait(lambda: slurm.state(evaluate) == "PENDING", "requeued job")
+    assert "run the same command again to continue" in output(slurm, log)
+    slurm.wait(lambda: slurm.state(evaluate) == "RUNNING", "second start")
+    slurm.ask("scancel", evaluate)
+    slurm.wait(lambda: slurm.state(evaluate) == "CANCELLED", "end of the job")
