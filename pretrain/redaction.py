@@ -10,6 +10,8 @@ _VARIABLE = re.compile(rf"(?:^|_)(?:{_NAME})(?:_|$)", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 _QUERY = re.compile(rf"(?<=[?&])([\w.-]*(?:{_NAME}|credential|signature|sig|auth)[\w.-]*)=[^&#\s'\"]+", re.IGNORECASE)
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
+_WORKING_DIRECTORY = "PWD"
+"""Every shell has this one, and it is no password."""
 _SHORTEST = 6
 """A shorter value of a variable is no secret worth hiding, and would blank out ordinary words."""
 
@@ -25,7 +27,8 @@ def redact(text: str) -> str:
 
 def _secrets_of_environment() -> list[str]:
     """Longest first: one may be part of another."""
-    values = {value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST}
+    named = {value for name, value in os.environ.items() if _VARIABLE.search(name) and name != _WORKING_DIRECTORY}
+    values = {value for value in named if len(value) >= _SHORTEST}
     return sorted(values, key=len, reverse=True)
 
 

@@ -27,8 +27,11 @@ def test_urls_and_headers_lose_their_secrets_and_nothing_else(text, written):
 def test_values_of_secret_variables_are_hidden_wherever_they_stand(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t/value")
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
+    monkeypatch.setenv("MYSQL_PWD", "s3same")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsehood")
-    assert redact("a s3cr3t/value b hf_abcdef falsehood") == "a *** b *** falsehood"
+    monkeypatch.setenv("PWD", "/home/me/work")
+    text = "a s3cr3t/value b hf_abcdef falsehood s3same /home/me/work/x"
+    assert redact(text) == "a *** b *** falsehood *** /home/me/work/x"
 
 
 def test_a_traceback_in_a_log_is_redacted(monkeypatch):
