@@ -100,6 +100,42 @@ def test_following_ends_with_the_run(run, monkeypatch):
     assert shown == ["one\n"]
 
 
+@pytest.mark.parametrize(
+    ("why", "is_over"),
+    [
+        ("cancelled", True),
+        ("saved on request; it was started again 3 times already (cluster.max_requeues)", True),
+        ("saved on request; back into the queue", False),
+        ("saved on request; ended by Slurm (PREEMPTED)", False),
+        (None, False),
+    ],
+)
+def test_following_goes_on_while_a_job_will_and_no_longer(run, monkeypatch, why, is_over):
+    monkeypatch.setattr("launch.logs.QUIET_S", 0.0)
+    monkeypatch.setattr("launch.logs.POLL_S", 0.0)
+    naps = []
+
+    def nap(_: float) -> None:
+        """The next start comes while nobody looks; that one ends for good."""
+        naps.append(1)
+        log = run / "logs" / "attempt-0002" / "rank-0000.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("two\n")
+        record(run, {"event": "start", "restart": 1}, {"event": "end", "restart": 1, "code": "75", "why": "cancelled"})
+
+    monkeypatch.setattr("launch.logs.time.sleep", nap)
+    log = run / "logs" / "attempt-0001" / "rank-0000.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\n")
+    (run / "status.json").write_text(json.dumps({"state": "interrupted", "heartbeat": 1}))
+    record(run, {"event": "start", "restart": 0})
+    if why:
+        record(run, {"event": "end", "restart": 0, "code": "75", "why": why})
+    shown: list[str] = []
+    show_log(run, 0, True, shown.append)
+    assert shown == (["one\n"] if is_over else ["one\n", f"--- {run}/logs/attempt-0002/rank-0000.log\n", "two\n"])
+
+
 def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
