@@ -26,8 +26,7 @@ from launch.submission import (
     SUBMISSIONS,
     Submission,
     cpus_per_rank,
-    fill_folder,
-    make_folder,
+    new_submission,
     newest_submission,
     node_counts,
 )
@@ -188,8 +187,7 @@ def prepare(
         UserError: see `open_run`.
     """
     open_run(config, manifest, console, allow_change)
-    folder = make_folder(config.run_folder)
-    return folder, fill_folder(folder, config)
+    return new_submission(config.run_folder, config)
 
 
 def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str], after: str = "afterok") -> None:

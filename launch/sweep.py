@@ -19,7 +19,7 @@ from rich.console import Console
 from launch.display import say
 from launch.runs import SWEEP
 from launch.slurm import check_cluster, check_script
-from launch.submission import Submission, fill_folder, make_folder
+from launch.submission import Submission, make_folder, new_submission
 from launch.submit import (
     evaluation_script,
     find_manifest,
@@ -234,8 +234,7 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
     check_script(train_script(first, sweep.folder, "TOKEN", name=sweep.name, members=len(waiting)))
     for config in waiting:
         open_run(config, find_manifest(config), console)
-    folder = make_folder(sweep.folder)
-    submission = fill_folder(folder, first, [config.run_folder for config in waiting])
+    folder, submission = new_submission(sweep.folder, first, [config.run_folder for config in waiting])
     scripts = {
         "train": train_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),
         "evaluate": evaluation_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,21 @@ def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make
     assert record.jobs == {}
     assert (folder / f"token-{record.token}").exists()
     assert record.token in (folder / "train.sbatch").read_text()
+
+
+def test_where_there_is_no_room_for_the_code_that_is_the_answer_and_nothing_is_left(make_config, monkeypatch):
+    config = make_config()
+
+    def full(source: Path, target: Path, **_: object) -> None:
+        target.mkdir(parents=True)
+        raise shutil.Error([(str(source / "a.py"), str(target / "a.py"), "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr(submission.shutil, "copytree", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*/submissions/001 \(\[Errno 28\] No space left on device\); make"
+    ):
+        submit.submit(config, Console(), evaluate=True, queue=False)
+    assert not list((config.run_folder / "submissions").iterdir())
 
 
 def test_the_commit_and_the_difference_from_it_are_kept(tmp_path, monkeypatch):
