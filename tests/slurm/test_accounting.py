@@ -47,7 +47,7 @@ def test_jobs_that_the_controller_has_forgotten_are_known_from_the_accounts(acco
     assert "Slurm's controller does not answer" in table
     assert table.count("no answer") == 3
     assert "source_weights names nowhere" in table
-    assert "step 10 " in accounting.diptych("logs", "killed")
+    assert "attention kernel" in accounting.diptych("logs", "killed")
     answer = "nothing was submitted, try again when it is back"
     assert answer in accounting.diptych("submit", "tiny.yaml", "name=later", code=2)
     assert answer in accounting.diptych("sweep", "tiny.yaml", "name=grid", "seed=1,2", code=2)
