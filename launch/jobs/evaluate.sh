@@ -13,9 +13,8 @@ srun --export=ALL --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$
     "${srun_arguments[@]}" "${python[@]}" -P -m launch.cli evaluate context "$run"
 code=$?
 
-# Interrupted (exit code 75) it goes on where it was, unless it was cancelled.
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-if [ "$code" = 75 ] && [ "$state" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ]; then
+# Interrupted (exit code 75) it goes on where it was. (When it is cancelled this shell ends at once.)
+if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_requeues" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -16,7 +16,7 @@ import pytest
 
 from launch.starts import Start, read_starts
 from pretrain.training.metrics import read_metrics
-from tests.conftest import generated_text
+from tests.conftest import write_texts
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT.parent / "shared" / "slurm-cluster"
@@ -173,9 +173,7 @@ def slurm() -> Iterator[Cluster]:
     need("sbatch", "slurmctld", "munged", install="munge slurmctld slurmd slurm-client")
     options = ["--nodes", "4", "--node-timeout", "10", "--requeue-delay", "5", "--kill-wait", "30"]
     with started(*options) as cluster:
-        (cluster.project / "raw").mkdir()
-        for number in range(160):
-            (cluster.project / "raw" / f"{number:03d}.txt").write_text(generated_text(number, 100 + 30 * (number % 10)))
+        write_texts(cluster.project / "raw", 160)
         cluster.diptych("data", "build", "tiny.yaml")
         yield cluster
 
