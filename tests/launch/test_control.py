@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from launch import runs
-from launch.control import cancel, ranks_of
+from launch.control import cancel, ranks_of, resume
 from launch.logs import show_log
 from launch.runs import list_runs, with_slurm
 from launch.slurm import JobState, SlurmSilentError
 from launch.starts import last_end, read_starts
 from launch.submission import Submission
+from pretrain.config import to_yaml
 from pretrain.errors import UserError
 from pretrain.training.interface import interface_towards
 
@@ -156,6 +157,25 @@ def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):
     assert ranks_of(config.run_folder, config) == 1
     (config.run_folder / "environment.json").write_text('{"world_size": 4}')
     assert ranks_of(config.run_folder, config) == 4
+
+
+def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(make_config, monkeypatch):
+    config = make_config()
+    config.run_folder.mkdir(parents=True)
+    (config.run_folder / "config.yaml").write_text(to_yaml(config))
+    (config.run_folder / "environment.json").write_text('{"world_size": 2}')
+    monkeypatch.setattr("launch.local.num_gpus", lambda: 0)
+    monkeypatch.setenv("PATH", "/nowhere")
+    started = []
+    monkeypatch.setattr("launch.train.train", lambda config, ranks, _: started.append((config, ranks)) or 75)
+    assert resume(config.run_folder, Console()) == 75
+    assert started == [(config, 2)]
+    folder = config.run_folder / "submissions" / "001"
+    folder.mkdir(parents=True)
+    Submission(1.0, "abc", {"train": "7"}).write(folder)
+    with pytest.raises(UserError, match="was submitted to Slurm, and there is no sbatch on this machine"):
+        resume(config.run_folder, Console())
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(

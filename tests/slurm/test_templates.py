@@ -31,7 +31,9 @@ def output(cluster: Cluster, pattern: str) -> str:
     return "".join(path.read_text() for path in sorted(cluster.project.glob(pattern)))
 
 
-def test_a_run_of_the_train_script_in_a_container_goes_on_after_a_signal_and_is_evaluated(slurm: Cluster, whole: Path):
+def test_a_run_of_the_train_script_in_a_container_goes_on_after_a_signal_and_a_requeue_and_is_evaluated(
+    slurm: Cluster, whole: Path
+):
     slurm.tools.mkdir(exist_ok=True)
     (slurm.tools / "apptainer").write_text(APPTAINER)
     (slurm.tools / "apptainer").chmod(0o755)
@@ -46,13 +48,16 @@ def test_a_run_of_the_train_script_in_a_container_goes_on_after_a_signal_and_is_
     assert "by-hand is running already" in slurm.diptych("submit", "tiny.yaml", "name=by-hand", code=2)
     slurm.ask("scancel", "--signal=USR2", train)
     slurm.wait(lambda: len(slurm.starts("by-hand")) == 2, "second start")
+    slurm.wait_for_step("by-hand", slurm.steps("by-hand")[-1] + 10)
+    slurm.ask("scontrol", "requeue", train)
+    slurm.wait(lambda: len(slurm.starts("by-hand")) == 3, "third start")
     slurm.wait_for_state(evaluate, "COMPLETED")
-    assert [(start.exit_code, start.ranks) for start in slurm.starts("by-hand")] == [(75, 4), (0, 4)]
+    assert [(start.exit_code, start.ranks) for start in slurm.starts("by-hand")] == [(75, 4), (75, 4), (0, 4)]
     assert losses(slurm.run("by-hand")) == losses(whole)
     assert (slurm.run("by-hand") / "evaluation" / "context" / "report.json").exists()
     assert len(list(slurm.run("by-hand").glob("submissions/*"))) == 1
     # The command that prepares it, at each start, and four ranks at each start.
-    assert (slurm.project / "images-used").read_text().splitlines() == ["/images/diptych.sif"] * 10
+    assert (slurm.project / "images-used").read_text().splitlines() == ["/images/diptych.sif"] * 15
 
     again = queue(slurm, "train", "tiny.yaml", "name=by-hand")
     slurm.wait_for_state(again, "COMPLETED")
