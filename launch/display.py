@@ -33,10 +33,10 @@ class _PatientConsole(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """A console that does not fold lines at 80 characters when its output goes to a file or a pipe."""
-    console = _PatientConsole(highlight=False)
-    return console if console.is_terminal else _PatientConsole(highlight=False, width=140)
+    console = _PatientConsole(highlight=False, stderr=stderr)
+    return console if console.is_terminal else _PatientConsole(highlight=False, width=140, stderr=stderr)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

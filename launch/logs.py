@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.starts import read_starts
 from pretrain.errors import UserError
 from pretrain.status import LIVE_STATES, read_status
 
@@ -66,11 +67,17 @@ def show_log(run_folder: Path, rank: int, follow: bool, write: Callable[[str], o
             sys.stdout.flush()
             quiet_since = time.monotonic()
             continue
-        status = read_status(run_folder)
-        at_work = status is None or status.state in LIVE_STATES or status.state == "interrupted"
-        if not follow or (not at_work and time.monotonic() - quiet_since > QUIET_S):
+        if not follow or (_has_ended(run_folder) and time.monotonic() - quiet_since > QUIET_S):
             return
         time.sleep(POLL_S)
+
+
+def _has_ended(run_folder: Path) -> bool:
+    """Whether nobody is at work, and nobody will be unless somebody starts the run again."""
+    status, starts = read_status(run_folder), read_starts(run_folder)
+    if status is not None and status.state in LIVE_STATES:
+        return False
+    return not starts[-1].goes_on if starts else status is not None
 
 
 def _read_from(log: Path, position: int) -> bytes:

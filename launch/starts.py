@@ -22,6 +22,11 @@ class Start:
     """None while it runs, and where it was ended from outside."""
     why: str | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the job is at work, or in the queue again; jobs/train.sh has the words."""
+        return self.why is None or "back into the queue" in self.why or "ended by Slurm" in self.why
+
 
 def read_starts(run_folder: Path) -> list[Start]:
     """All starts, oldest first. A line that a dying node left unfinished is passed over."""

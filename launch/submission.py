@@ -27,6 +27,7 @@ from typing import Any
 
 from launch.slurm import JobState
 from pretrain.config import RunConfig, config_folder, works_with
+from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
 
 SUBMISSIONS = "submissions"
@@ -67,11 +68,23 @@ def submission_folders(run_folder: Path) -> list[Path]:
 
 def newest_submission(run_folder: Path) -> Submission | None:
     """The last submission of a run; None where there was none."""
+    readable = (_read(folder) for folder in reversed(submission_folders(run_folder)))
+    return next((submission for submission in readable if submission is not None), None)
+
+
+def _read(folder: Path) -> Submission | None:
+    try:
+        return Submission(**json.loads((folder / RECORD).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def find_submission(run_folder: Path, job_id: str) -> Path | None:
+    """The folder of the newest submission of a run whose training is this job; None where there is none."""
     for folder in reversed(submission_folders(run_folder)):
-        try:
-            return Submission(**json.loads((folder / RECORD).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            continue
+        submission = _read(folder)
+        if submission is not None and submission.jobs.get("train") == job_id:
+            return folder
     return None
 
 
@@ -81,6 +94,26 @@ def make_folder(base: Path) -> Path:
     folder = base / SUBMISSIONS / f"{number:03d}"
     folder.mkdir(parents=True, mode=0o700)
     return folder
+
+
+def new_submission(base: Path, config: RunConfig, members: Sequence[Path] = ()) -> tuple[Path, Submission]:
+    """The next submission of a run or a sweep, with all that its jobs need, and its folder.
+
+    Raises:
+        UserError: it cannot be written; nothing of it is left.
+    """
+    folder = base / SUBMISSIONS
+    try:
+        folder = make_folder(base)
+        return folder, fill_folder(folder, config, members)
+    except OSError as error:
+        if folder.name != SUBMISSIONS:
+            shutil.rmtree(folder, ignore_errors=True)
+        # shutil collects what went wrong: (from, to, why) for each file.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise UserError(
+            f"cannot write {folder} ({reason}); make room or get the right to write there, or set runs=FOLDER"
+        ) from error
 
 
 def fill_folder(folder: Path, config: RunConfig, members: Sequence[Path] = ()) -> Submission:

@@ -26,8 +26,7 @@ from launch.submission import (
     SUBMISSIONS,
     Submission,
     cpus_per_rank,
-    fill_folder,
-    make_folder,
+    new_submission,
     newest_submission,
     node_counts,
 )
@@ -114,14 +113,16 @@ def _script(
     return text
 
 
-def show_scripts(config: RunConfig, console: Console, *, evaluate: bool) -> None:
-    """Print what `submit` would send."""
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
-    folder = config.run_folder / SUBMISSIONS / "NUMBER"
-    console.out(train_script(config, folder, "TOKEN", name=config.name), highlight=False)
+def show_scripts(
+    config: RunConfig, console: Console, *, folder: Path, name: str, evaluate: bool = True, members: int = 0
+) -> None:
+    """Print what would be sent for a run, or for `members` runs as an array; `folder` is that of the run or sweep."""
+    submission = folder / SUBMISSIONS / "NUMBER"
+    console.out(train_script(config, submission, "TOKEN", name=name, members=members), highlight=False)
     if evaluate:
-        console.out("\n# And after it: sbatch --dependency=afterok:JOB --kill-on-invalid-dep=yes\n", highlight=False)
-        console.out(evaluation_script(config, folder, "TOKEN", name=config.name), highlight=False)
+        after = "aftercorr" if members else "afterok"
+        console.out(f"\n# And after it: sbatch --dependency={after}:JOB --kill-on-invalid-dep=yes\n", highlight=False)
+        console.out(evaluation_script(config, submission, "TOKEN", name=name, members=members), highlight=False)
 
 
 def submit(
@@ -139,8 +140,6 @@ def submit(
         check_cluster(config.cluster)
         refuse_if_queued(config.run_folder)
     from launch.train import is_complete
-    from pretrain.training.run_folder import open_run_folder
-    from pretrain.training.run_lock import run_lock
 
     manifest = find_manifest(config)
     if queue:
@@ -152,22 +151,43 @@ def submit(
             f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
         )
-    with run_lock(config.run_folder):
-        for line in open_run_folder(config, manifest, allow_change):
-            say(console, line)
-        (config.run_folder / CANCELLED).unlink(missing_ok=True)
-        folder = make_folder(config.run_folder)
-        submission = fill_folder(folder, config)
-        scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
-        if evaluate:
-            scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
-        for name, script in scripts.items():
-            write_text(folder / f"{name}.sbatch", script)
-    # Without the lock: a job that starts at once must find the run free.
+    folder, submission = prepare(config, manifest, console, allow_change)
+    scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
+    if evaluate:
+        scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
+    for name, script in scripts.items():
+        write_text(folder / f"{name}.sbatch", script)
     if queue:
         queue_scripts(folder, submission, scripts)
         _say_what_is_queued(config, submission, console)
     return folder
+
+
+def open_run(config: RunConfig, manifest: Manifest, console: Console, allow_change: Sequence[str] = ()) -> None:
+    """Make the run folder, or check the one that is there; the run's lock is free again for a job that starts at once.
+
+    Raises:
+        UserError: the run is at work, or its folder holds another run.
+    """
+    from pretrain.training.run_folder import open_run_folder
+    from pretrain.training.run_lock import run_lock
+
+    with run_lock(config.run_folder):
+        for line in open_run_folder(config, manifest, allow_change):
+            say(console, f"{config.name}: {line}")
+        (config.run_folder / CANCELLED).unlink(missing_ok=True)
+
+
+def prepare(
+    config: RunConfig, manifest: Manifest, console: Console, allow_change: Sequence[str] = ()
+) -> tuple[Path, Submission]:
+    """Open the run, and make a submission's folder with all that its jobs need.
+
+    Raises:
+        UserError: see `open_run`.
+    """
+    open_run(config, manifest, console, allow_change)
+    return new_submission(config.run_folder, config)
 
 
 def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str], after: str = "afterok") -> None:

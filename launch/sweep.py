@@ -19,8 +19,16 @@ from rich.console import Console
 from launch.display import say
 from launch.runs import SWEEP
 from launch.slurm import check_cluster, check_script
-from launch.submission import Submission, fill_folder, make_folder
-from launch.submit import CANCELLED, evaluation_script, find_manifest, queue_scripts, refuse_if_queued, train_script
+from launch.submission import Submission, make_folder, new_submission
+from launch.submit import (
+    evaluation_script,
+    find_manifest,
+    open_run,
+    queue_scripts,
+    refuse_if_queued,
+    show_scripts,
+    train_script,
+)
 from pretrain.config import RunConfig, check_topology, load_config
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, UserError
 from pretrain.files import write_json, write_text
@@ -113,9 +121,17 @@ class Sweep:
     members: list[Member]
     configs: list[RunConfig]
 
+    def write(self) -> None:
+        """Write down what the members are, beside those that the sweep had before."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        known = read_members(self.folder) if (self.folder / SWEEP).exists() else []
+        names = {member.name for member in self.members}
+        listed = [*self.members, *(member for member in known if member.name not in names)]
+        write_json(self.folder / SWEEP, {"format": 1, "members": [asdict(member) for member in listed]})
+
 
 def plan_sweep(config_name: str, overrides: Sequence[str], grid: Sequence[str]) -> Sweep:
-    """Make the members' configs, all of them valid, and write down what they are.
+    """Make the members' configs, all of them valid.
 
     Raises:
         UserError: an axis or a member is wrong.
@@ -129,11 +145,6 @@ def plan_sweep(config_name: str, overrides: Sequence[str], grid: Sequence[str]) 
     for member in members:
         changes = [*overrides, *member.overrides, f"runs={json.dumps(str(folder))}", f"name={member.name}"]
         configs.append(load_config(config_name, changes).model_copy(update={"sweep": {}}))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    known = read_members(folder) if (folder / SWEEP).exists() else []
-    names = {member.name for member in members}
-    listed = [*members, *(member for member in known if member.name not in names)]
-    write_json(folder / SWEEP, {"format": 1, "members": [asdict(member) for member in listed]})
     return Sweep(base.name, folder, members, configs)
 
 
@@ -187,17 +198,33 @@ def run_here(sweep: Sweep, num_ranks: int | None, console: Console) -> int:
     return EXIT_FAILED if failed else EXIT_DONE
 
 
+def show_sweep(sweep: Sweep, console: Console) -> None:
+    """Print the members, and what `submit_sweep` would send for them."""
+    first = sweep.configs[0]
+    check_ranks(sweep)
+    console.out(f"# {len(sweep.members)} members in {sweep.folder}", highlight=False)
+    for number, member in enumerate(sweep.members):
+        console.out(f"#   {number:3d}  {member.name}  {' '.join(member.overrides)}", highlight=False)
+    show_scripts(first, console, folder=sweep.folder, name=sweep.name, members=len(sweep.members))
+
+
+def check_ranks(sweep: Sweep) -> None:
+    """Refuse a number of ranks that a member's streams and batches cannot be divided by.
+
+    Raises:
+        UserError: with numbers that work.
+    """
+    for config in sweep.configs:
+        check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+
+
 def submit_sweep(sweep: Sweep, console: Console) -> None:
     """Queue the members that are neither finished nor at work, as one array, and an array of their evaluations.
 
     Raises:
         UserError: Slurm or a member's run folder refuses.
     """
-    from pretrain.training.run_folder import open_run_folder
-    from pretrain.training.run_lock import run_lock
-
-    for config in sweep.configs:
-        check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+    check_ranks(sweep)
     first = sweep.configs[0]
     check_cluster(first.cluster)
     waiting = [config for config in sweep.configs if not is_finished(config) and not _at_work(config, console)]
@@ -206,13 +233,8 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
         return
     check_script(train_script(first, sweep.folder, "TOKEN", name=sweep.name, members=len(waiting)))
     for config in waiting:
-        manifest = find_manifest(config)
-        with run_lock(config.run_folder):
-            for line in open_run_folder(config, manifest):
-                say(console, f"{config.name}: {line}")
-            (config.run_folder / CANCELLED).unlink(missing_ok=True)
-    folder = make_folder(sweep.folder)
-    submission = fill_folder(folder, first, [config.run_folder for config in waiting])
+        open_run(config, find_manifest(config), console)
+    folder, submission = new_submission(sweep.folder, first, [config.run_folder for config in waiting])
     scripts = {
         "train": train_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),
         "evaluate": evaluation_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),

@@ -31,12 +31,15 @@ def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
     return num_ranks
 
 
-def build(corpus: CorpusConfig, console: Console) -> Manifest:
-    """Build the corpus, with progress."""
+def build(corpus: CorpusConfig, console: Console, part: int | None = None, parts: int | None = None) -> Manifest:
+    """Build the corpus, with progress; one of its `parts`, or, where it is not said which, join them."""
     from pretrain.data.corpus import build_corpus
+    from pretrain.data.parts import build_part, join_parts
 
     with StageProgress(console) as progress:
-        return build_corpus(corpus, progress.report)
+        if parts is None:
+            return build_corpus(corpus, progress.report)
+        return join_parts(corpus, parts) if part is None else build_part(corpus, part, parts, progress.report)
 
 
 def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:

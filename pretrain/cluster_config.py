@@ -95,7 +95,7 @@ class ClusterConfig(Section):
     """Seconds before the time limit at which Slurm signals the ranks to save; Slurm may be up to 60 s early."""
     max_requeues: Annotated[int, Field(ge=0)] = 100
     """A run that was started again so many times does not queue itself again."""
-    sbatch: dict[str, str] = Field(default={})
+    sbatch: dict[str, bool | int | str] = Field(default={})
     """Other options of sbatch, for instance {reservation: mine}."""
     evaluation: EvaluationJobConfig = EvaluationJobConfig()
 

@@ -25,6 +25,13 @@ def generated_text(seed: int, words: int) -> str:
     return " ".join(text)
 
 
+def write_texts(folder: Path, number: int) -> None:
+    """Files of 100 to 370 such words, in a new folder."""
+    folder.mkdir(parents=True)
+    for seed in range(number):
+        (folder / f"{seed:03d}.txt").write_text(generated_text(seed, 100 + 30 * (seed % 10)))
+
+
 @pytest.fixture(scope="session")
 def corpus_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The `corpus` section of a small corpus that is built already: 16 training shards, long enough for 8 x 32."""

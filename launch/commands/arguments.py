@@ -24,7 +24,7 @@ Overrides = Annotated[
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Ctrl-C or SIGTERM inside: say how to go on, and exit with 75."""
+    """Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 inside: say how to go on, and exit with 75."""
     process = os.getpid()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
@@ -34,11 +34,12 @@ def resumable() -> Iterator[None]:
             os.kill(os.getpid(), number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         raise typer.Exit(EXIT_RESUME_ME) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

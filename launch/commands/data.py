@@ -31,6 +31,10 @@ def data_build(
     on_bad: Annotated[
         OnBad | None, typer.Option(help="A record that cannot be read: stop and name it, or skip and count it.")
     ] = None,
+    parts: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="In parts, on several machines; without --part, join them.")
+    ] = None,
+    part: Annotated[int | None, typer.Option(min=0, metavar="K", help="The part to build, of 0 to N - 1.")] = None,
 ) -> None:
     """Build a config's corpus.
 
@@ -47,8 +51,10 @@ def data_build(
         run = load_config(config, [*(overrides or []), *([f"corpus.on_bad={on_bad.value}"] if on_bad else [])])
         if not run.corpus.sources:
             raise UserError(f"{config} has no corpus.sources to build from; give at least one, each with a path")
+        if part is not None and parts is None:
+            raise UserError("--part says which part, but not of how many: add --parts N")
         console = make_console()
-        manifest = build(run.corpus, console)
+        manifest = build(run.corpus, console, part, parts)
         console.print(corpus_summary(manifest))
         console.print(f"corpus: {run.corpus.path}", markup=False, soft_wrap=True)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from launch.commands import cluster_options as cluster
 from launch.commands.arguments import Config, resumable
 
 
@@ -38,23 +39,56 @@ def sweep_run(
     ] = None,
     local: Annotated[bool, typer.Option("--local", help="Train here, one after another, instead of on Slurm.")] = False,
     nproc: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --local: processes of each run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the members, and the scripts that would be sent to sbatch; do nothing.")
+    ] = False,
+    in_job: Annotated[
+        bool,
+        typer.Option("--in-job", help="In the script of an array: prepare this job's member, and print its folder."),
+    ] = False,
+    nodes: cluster.Nodes = None,
+    min_nodes: cluster.MinNodes = None,
+    gpus_per_node: cluster.GpusPerNode = None,
+    time: cluster.Time = None,
+    partition: cluster.Partition = None,
+    account: cluster.Account = None,
+    qos: cluster.Qos = None,
+    mem: cluster.Mem = None,
+    constraint: cluster.Constraint = None,
+    exclude: cluster.Exclude = None,
+    dependency: cluster.Dependency = None,
+    array_parallelism: cluster.ArrayParallelism = None,
+    setup: cluster.Setup = None,
+    container: cluster.Container = None,
+    signal_delay_s: cluster.SignalDelay = None,
 ) -> None:
     """Train a config on every point of a grid, or go on with it.
 
     The axes are those given here, and those of the config's section `sweep`. On Slurm the runs are the members of an
-    array, cluster.array_parallelism at a time. A member that fails does not stop the rest; the same command starts
+    array, --array-parallelism at a time. A member that fails does not stop the rest; the same command starts
     again what is not finished.
 
     [bold]Example:[/bold] diptych sweep run my.yaml --grid model.attention=dual_triangle,bidirectional seed=1,2,3
     """
+    of_cluster = cluster.cluster_overrides(locals())
     from launch.display import make_console
-    from launch.sweep import is_axis, plan_sweep, run_here, submit_sweep
+    from launch.in_job import allocation_overrides, prepare_member
+    from launch.sweep import is_axis, plan_sweep, run_here, show_sweep, submit_sweep
 
-    overrides = [change for change in changes or [] if not is_axis(change)]
+    overrides = [*(change for change in changes or [] if not is_axis(change)), *of_cluster]
+    overrides += allocation_overrides() if in_job else []
     axes = [*(grid or []), *(change for change in changes or [] if is_axis(change))]
     console = make_console()
     with resumable():
         sweep = plan_sweep(config, overrides, axes)
+        if dry_run:
+            show_sweep(sweep, console)
+            return
+        if in_job:
+            folder = prepare_member(sweep, make_console(stderr=True))
+            print(folder or "", end="")
+            return
+        sweep.write()
         if not local:
             submit_sweep(sweep, console)
             return

@@ -4,7 +4,7 @@
 
 # shellcheck source=/dev/null
 . "$submission/settings.sh"
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+if [ -e "$submission/members" ]; then
     run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$submission/members")
 fi
 restart=${SLURM_RESTART_COUNT:-0}

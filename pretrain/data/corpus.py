@@ -60,13 +60,14 @@ def silent(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
-def build_corpus(config: CorpusConfig, report: Report = silent) -> Manifest:
+def build_corpus(config: CorpusConfig, report: Report = silent, share: tuple[int, int] = (0, 1)) -> Manifest:
     """Make the corpus at `config.path`, continue a build that was killed, or return the finished one.
 
     Args:
         config: what to build; the result does not depend on `processes`.
         report: called with a stage (reading, tokenizer, encoding, already built; "(continuing)" is added to one that
             an earlier build began), characters done, and characters in all (0 while not known).
+        share: (k, n) reads every n-th file of each source, from the k-th (counted from 0); parts.py uses it.
 
     Raises:
         UserError: wrong sources, a bad record, a corpus too small for its splits, streams or vocabulary, a finished
@@ -77,7 +78,9 @@ def build_corpus(config: CorpusConfig, report: Report = silent) -> Manifest:
             f"corpus.sources is empty, so there is nothing to build {config.path} from; name raw files there, for "
             "instance corpus.sources=[{path: data/*.txt.gz}]"
         )
-    inputs = [find_inputs(source) for source in config.sources]
+    inputs = [find_inputs(source)[share[0] :: share[1]] for source in config.sources]
+    if not any(inputs):
+        raise UserError(f"corpus.sources have fewer files than {share[1]}; build the corpus in fewer parts")
     key = build_key(config, inputs)
     if finished := _already_built(config, key, report):
         return finished

@@ -125,10 +125,16 @@ def _index_ids(tar: Path, vocab_size: int) -> tuple[Ints, str, Ints]:
     return np.array(rows, dtype=np.int64), dtypes.pop(), counts
 
 
-def merge_corpora(corpus: Path, parts: Sequence[Path]) -> Manifest:
+def merge_corpora(corpus: Path, parts: Sequence[Path], *, same_sources: bool = False) -> Manifest:
     """Make one corpus of several that share tokenizer and split rule; shards are hard links where possible.
 
-    Equal documents fall into the same split in all parts, but are not removed.
+    Equal documents fall into the same split in all parts, but are not removed. It is made beside its place and moved
+    there when it is whole, so what was interrupted is made anew.
+
+    Args:
+        corpus: folder to make.
+        parts: corpora to join.
+        same_sources: they were built from parts of the same sources, in the same order; otherwise each has its own.
 
     Raises:
         UserError: other tokenizers, split rules or types of ids, a damaged shard, or a folder in use.
@@ -145,14 +151,33 @@ def merge_corpora(corpus: Path, parts: Sequence[Path]) -> Manifest:
             listed = "\n".join(f"  {part}: {value}" for part, value in zip(parts, values, strict=True))
             raise UserError(f"corpora of different {what} cannot be merged:\n{listed}")
     counts = np.sum([np.load(part / TOKEN_COUNTS, allow_pickle=False) for part in parts], axis=0)
-    splits = {split: _merge_split(corpus, parts, manifests, split) for split in SPLITS}
-    shutil.copyfile(parts[0] / TOKENIZER, corpus / TOKENIZER)
-    sources = [source for manifest in manifests for source in manifest.sources]
+    place = corpus.with_name(f".{corpus.name}.joining")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    splits = {split: _merge_split(place, parts, manifests, split, same_sources) for split in SPLITS}
+    shutil.copyfile(parts[0] / TOKENIZER, place / TOKENIZER)
+    lists = [manifest.sources for manifest in manifests]
+    sources = [_sum(same) for same in zip(*lists, strict=True)] if same_sources else [s for some in lists for s in some]
     joined = manifests[0].model_copy(update={"sources": sources, "splits": splits, "build_key": None})
-    return _seal(corpus, counts, joined)
+    sealed = _seal(place, counts, joined)
+    place.replace(corpus)
+    return sealed
 
 
-def _merge_split(corpus: Path, parts: Sequence[Path], manifests: Sequence[Manifest], split: Split) -> SplitEntry:
+def _sum(parts: Sequence[SourceEntry]) -> SourceEntry:
+    """One source of which each part has read some files."""
+    return SourceEntry(
+        name=parts[0].name,
+        files=sum(part.files for part in parts),
+        documents=sum(part.documents for part in parts),
+        characters=sum(part.characters for part in parts),
+        skipped=dict(sum((Counter(part.skipped) for part in parts), Counter[str]())),
+    )
+
+
+def _merge_split(
+    corpus: Path, parts: Sequence[Path], manifests: Sequence[Manifest], split: Split, same_sources: bool
+) -> SplitEntry:
     of_parts = [manifest.splits[split] for manifest in manifests]
     entries: list[ShardEntry] = []
     first_source = 0
@@ -165,7 +190,7 @@ def _merge_split(corpus: Path, parts: Sequence[Path], manifests: Sequence[Manife
             index[:, 2] += first_source
             relative = f"{split}/shard-{len(entries):06d}.tar"
             entries.append(_add_shard(corpus, relative, part / entry.path, index, _hard_link))
-        first_source += len(manifest.sources)
+        first_source += 0 if same_sources else len(manifest.sources)
     histogram = sum((Counter(entry.length_histogram) for entry in of_parts), Counter[int]())
     return SplitEntry(
         documents=sum(entry.documents for entry in of_parts),

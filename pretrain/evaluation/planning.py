@@ -87,6 +87,8 @@ def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[
     possible, reasons = _possible_readings(config)
     evaluation = config.evaluation
     numbers = {key: getattr(evaluation, key) * (FULL[key] if request.full else 1) for key in FULL}
+    longest = window_length(multiples[-1], config.data.sequence_length)
+    blocks = sum(len(ids) // config.data.sequence_length for ids in documents if len(ids) >= longest)
     base = {
         "run_folder": request.run_folder,
         "step": state.step,
@@ -102,7 +104,8 @@ def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[
         "tokens_per_batch": evaluation.tokens_per_batch,
         "context_threshold": evaluation.context_threshold,
     }
-    plan = Plan.model_validate({**base, "multiples": multiples, "skipped": skipped | reasons, **_bounded(numbers)})
+    base |= {"multiples": multiples, "skipped": skipped | reasons, **_bounded(numbers, blocks)}
+    plan = Plan.model_validate(base)
     folder = report_folder(request, evaluation.split)
     asked = {key: str(value) for key, value in (asdict(request) | {"base": plan.key}).items()}
     saved = _saved_plan(folder / PLAN)
@@ -133,9 +136,9 @@ def _saved_plan(path: Path) -> _SavedPlan | None:
         return None
 
 
-def _bounded(numbers: dict[str, int]) -> dict[str, int]:
-    """Parts of the windows are no more than there are."""
-    windows = numbers["windows"]
+def _bounded(numbers: dict[str, int], blocks: int) -> dict[str, int]:
+    """No more windows than there are blocks to draw, and no more in parts of them than there are windows."""
+    windows = numbers["windows"] = min(numbers["windows"], blocks)
     parts = ("reading_windows", "attention_windows", "pseudo_targets")
     return {key: min(value, windows) if key in parts else value for key, value in numbers.items()}
 

@@ -23,7 +23,7 @@ from pretrain.training.attempt import newest_attempt
 from pretrain.training.checkpoint import list_checkpoints, verify_checkpoint
 from pretrain.training.metrics import read_metrics
 from pretrain.training.run_lock import is_held
-from tests.conftest import generated_text
+from tests.conftest import write_texts
 from tests.integration.test_whole_runs import living_ranks, start
 
 SURVIVORS_S = 5.0
@@ -46,9 +46,7 @@ class Campaign:
         self.problems: list[str] = []
         self.kills: Counter[str] = Counter()
         self.slowest_end_s = 0.0
-        (folder / "raw").mkdir(parents=True)
-        for number in range(200):
-            (folder / "raw" / f"{number}.txt").write_text(generated_text(number, 100 + 30 * (number % 10)))
+        write_texts(folder / "raw", 200)
         (folder / "tiny.yaml").write_text(CONFIG)
         self.runs = self.lives = 0
 

@@ -123,6 +123,13 @@ def test_single_mask_rows_mask_the_middle_target_and_nothing_else(session):
         assert str(row.tolist())[1:-1] in str(window.ids.tolist())
 
 
+def test_more_windows_than_there_are_blocks_to_draw_are_as_many_as_there_are(trained):
+    plan, _, documents = make_plan(Request(trained.run_folder, overrides=("evaluation.windows=100000",)), CPU)
+    block = plan.training_length
+    assert plan.windows == sum(len(ids) // block for ids in documents if len(ids) >= plan.longest) < 100_000
+    assert len(Session(plan, CPU, documents).windows) == plan.windows
+
+
 def test_profiles_count_every_target_once(trained, evaluated, monkeypatch):
     report = evaluated.report
     assert all(b.targets >= 20 for p in report.profiles for b in p.bins)
@@ -280,7 +287,7 @@ def test_a_time_limit_leaves_out_windows_and_then_lengths(trained, monkeypatch):
 
     def plan(budget_s: float, seconds: float) -> Plan:
         monkeypatch.setattr(planning, "time_positions", lambda s: dict.fromkeys(s.plan.multiples, seconds))
-        request = Request(trained.run_folder, step=None, budget_s=budget_s, overrides=("evaluation.windows=512",))
+        request = Request(trained.run_folder, step=None, budget_s=budget_s, overrides=("evaluation.windows=128",))
         (trained.run_folder / "evaluation" / "context" / PLAN).unlink(missing_ok=True)
         return make_plan(request, CPU)[0]
 
@@ -288,9 +295,9 @@ def test_a_time_limit_leaves_out_windows_and_then_lengths(trained, monkeypatch):
         return sum(part.positions for part in p.parts())
 
     whole = plan(600, 1e-9)
-    assert (whole.windows, whole.multiples[-1]) == (512, 8)
+    assert (whole.windows, whole.multiples[-1]) == (128, 8)
     fewer = plan(600, 600 / cost(whole))
-    assert (fewer.windows, fewer.multiples[-1]) == (256, 8)
+    assert (fewer.windows, fewer.multiples[-1]) == (64, 8)
     assert cost(fewer) * 600 / cost(whole) <= 0.8 * 600
     shorter = plan(600, 600 * 8 / cost(whole))
     assert shorter.multiples[-1] < 8

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.training.checkpoint import list_checkpoints
 from pretrain.training.metrics import read_metrics
-from tests.conftest import generated_text
+from tests.conftest import write_texts
 
 SHARED = Path(os.environ.get("DIPTYCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -72,9 +72,7 @@ def losses(run: Path) -> list[tuple]:
 def project(tmp_path):
     """A working directory with a space in its name, raw text and a config that trains in seconds."""
     folder = tmp_path / "my project"
-    (folder / "raw").mkdir(parents=True)
-    for number in range(200):
-        (folder / "raw" / f"{number}.txt").write_text(generated_text(number, 100 + 30 * (number % 10)))
+    write_texts(folder / "raw", 200)
     (folder / "tiny.yaml").write_text(
         "corpus: {path: corpus, sources: [{path: raw}], tokenizer: {vocab_size: 120, byte_fallback: false},\n"
         "  min_train_shards: 16, splits: {valid: 0.1, test: 0.1}}\n"

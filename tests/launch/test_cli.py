@@ -236,14 +236,14 @@ def test_a_folder_without_a_corpus_cannot_be_verified(in_process):
 # -------------------------------------------------------------------------------------- interruption, two launches
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_an_interrupted_command_says_how_to_go_on(number, capsys):
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(typer.Exit) as caught, resumable():
         signal.raise_signal(number)
     assert caught.value.exit_code == 75
     assert "run the same command again to continue" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_run_is_trained_by_one_launch_at_a_time(tmp_path):

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from launch import runs
-from launch.control import cancel, ranks_of
+from launch.control import cancel, ranks_of, resume
 from launch.logs import show_log
 from launch.runs import list_runs, with_slurm
 from launch.slurm import JobState, SlurmSilentError
 from launch.starts import last_end, read_starts
 from launch.submission import Submission
+from pretrain.config import to_yaml
 from pretrain.errors import UserError
 from pretrain.training.interface import interface_towards
 
@@ -100,6 +101,42 @@ def test_following_ends_with_the_run(run, monkeypatch):
     assert shown == ["one\n"]
 
 
+@pytest.mark.parametrize(
+    ("why", "is_over"),
+    [
+        ("cancelled", True),
+        ("saved on request; it was started again 3 times already (cluster.max_requeues)", True),
+        ("saved on request; back into the queue", False),
+        ("saved on request; ended by Slurm (PREEMPTED)", False),
+        (None, False),
+    ],
+)
+def test_following_goes_on_while_a_job_will_and_no_longer(run, monkeypatch, why, is_over):
+    monkeypatch.setattr("launch.logs.QUIET_S", 0.0)
+    monkeypatch.setattr("launch.logs.POLL_S", 0.0)
+    naps = []
+
+    def nap(_: float) -> None:
+        """The next start comes while nobody looks; that one ends for good."""
+        naps.append(1)
+        log = run / "logs" / "attempt-0002" / "rank-0000.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("two\n")
+        record(run, {"event": "start", "restart": 1}, {"event": "end", "restart": 1, "code": "75", "why": "cancelled"})
+
+    monkeypatch.setattr("launch.logs.time.sleep", nap)
+    log = run / "logs" / "attempt-0001" / "rank-0000.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\n")
+    (run / "status.json").write_text(json.dumps({"state": "interrupted", "heartbeat": 1}))
+    record(run, {"event": "start", "restart": 0})
+    if why:
+        record(run, {"event": "end", "restart": 0, "code": "75", "why": why})
+    shown: list[str] = []
+    show_log(run, 0, True, shown.append)
+    assert shown == (["one\n"] if is_over else ["one\n", f"--- {run}/logs/attempt-0002/rank-0000.log\n", "two\n"])
+
+
 def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -120,6 +157,25 @@ def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):
     assert ranks_of(config.run_folder, config) == 1
     (config.run_folder / "environment.json").write_text('{"world_size": 4}')
     assert ranks_of(config.run_folder, config) == 4
+
+
+def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(make_config, monkeypatch):
+    config = make_config()
+    config.run_folder.mkdir(parents=True)
+    (config.run_folder / "config.yaml").write_text(to_yaml(config))
+    (config.run_folder / "environment.json").write_text('{"world_size": 2}')
+    monkeypatch.setattr("launch.local.num_gpus", lambda: 0)
+    monkeypatch.setenv("PATH", "/nowhere")
+    started = []
+    monkeypatch.setattr("launch.train.train", lambda config, ranks, _: started.append((config, ranks)) or 75)
+    assert resume(config.run_folder, Console()) == 75
+    assert started == [(config, 2)]
+    folder = config.run_folder / "submissions" / "001"
+    folder.mkdir(parents=True)
+    Submission(1.0, "abc", {"train": "7"}).write(folder)
+    with pytest.raises(UserError, match="was submitted to Slurm, and there is no sbatch on this machine"):
+        resume(config.run_folder, Console())
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(

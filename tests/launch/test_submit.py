@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from launch import submission, submit
+from launch.cli import app
 from launch.submission import fill_folder, make_folder, newest_submission, node_counts, settings, submission_folders
 from pretrain.cluster_config import time_seconds
 from pretrain.config import RunConfig, load_config, validate
@@ -41,6 +44,12 @@ def config_of(cluster: dict, **values: object) -> RunConfig:
     return validate(run, "test")
 
 
+def run_command(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "sweep"])
 def test_the_script_that_is_sent_is_the_golden_one(name):
     config, folder = config_of(EVERYTHING), Path("/shared/my runs/first/submissions/001")
@@ -49,14 +58,25 @@ def test_the_script_that_is_sent_is_the_golden_one(name):
     assert script == (GOLDEN / f"{name}.sbatch").read_text()
 
 
-def test_a_dry_run_prints_both_scripts_and_touches_nothing(tmp_path, capsys):
-    config = load_config("quickstart", [f"runs={tmp_path}/runs", "cluster.nodes=2", "cluster.time=24:00:00"])
-    submit.show_scripts(config, Console(width=200), evaluate=True)
-    printed = capsys.readouterr().out
+def test_a_dry_run_prints_both_scripts_and_touches_nothing(tmp_path):
+    printed = run_command(
+        "submit", "quickstart", f"runs={tmp_path}/runs", "--dry-run", "--nodes", "2", "--time", "24:00:00"
+    )
     assert printed.count("#!/bin/bash") == 2
     assert "#SBATCH --time=24:00:00" in printed
     assert "#SBATCH --nodes=2" in printed
     assert "--dependency=afterok:JOB --kill-on-invalid-dep=yes" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_sweep_also_prints_its_members_and_no_more_of_them_train_at_once_than_asked(tmp_path):
+    command = ["sweep", "quickstart", f"runs={tmp_path}/runs", "name=grid", "--dry-run", "--array-parallelism", "2"]
+    printed = run_command(*command, "--partition", "gpu", "--grid", "model.attention=causal,dual_triangle", "seed=1,2")
+    assert f"# 4 members in {tmp_path}/runs/grid" in printed
+    assert "#     3  dual_triangle-seed2  model.attention=dual_triangle seed=2" in printed
+    assert printed.count("#SBATCH --array=0-3%2") == 2
+    assert printed.count("#SBATCH --partition=gpu") == 2
+    assert "--dependency=aftercorr:JOB" in printed
     assert not (tmp_path / "runs").exists()
 
 
@@ -73,7 +93,7 @@ def test_ranks_that_do_not_divide_the_streams_are_refused_before_anything_else(m
     with pytest.raises(UserError, match=r"3 ranks cannot share data.streams = 16"):
         submit.submit(config, Console(), evaluate=True)
     with pytest.raises(UserError, match="3 ranks cannot share"):
-        submit.show_scripts(config, Console(), evaluate=True)
+        submit.submit(config, Console(), evaluate=True, queue=False)
 
 
 def test_a_missing_corpus_is_refused_before_a_node_waits_for_it(make_config, tmp_path):
@@ -112,6 +132,21 @@ def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make
     assert record.jobs == {}
     assert (folder / f"token-{record.token}").exists()
     assert record.token in (folder / "train.sbatch").read_text()
+
+
+def test_where_there_is_no_room_for_the_code_that_is_the_answer_and_nothing_is_left(make_config, monkeypatch):
+    config = make_config()
+
+    def full(source: Path, target: Path, **_: object) -> None:
+        target.mkdir(parents=True)
+        raise shutil.Error([(str(source / "a.py"), str(target / "a.py"), "[Errno 28] No space left on device")])
+
+    monkeypatch.setattr(submission.shutil, "copytree", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*/submissions/001 \(\[Errno 28\] No space left on device\); make"
+    ):
+        submit.submit(config, Console(), evaluate=True, queue=False)
+    assert not list((config.run_folder / "submissions").iterdir())
 
 
 def test_the_commit_and_the_difference_from_it_are_kept(tmp_path, monkeypatch):

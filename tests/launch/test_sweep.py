@@ -54,9 +54,10 @@ def test_a_config_can_name_groups_of_settings_as_an_axis_and_the_command_line_ad
     assert (first.model.positions, first.seed, first.sweep) == ("none", 1, {})
     assert (last.model.positions, last.model.drop_positions_after, last.seed) == ("rotary", 700, 2)
     assert last.run_folder == tmp_path / "runs" / "s" / "dropped-seed2"
+    planned.write()
     assert [member.name for member in read_members(planned.folder)] == [m.name for m in planned.members]
     # A sweep that is extended keeps what it had.
-    plan_sweep(write, ["name=s"], ["seed=2,3"])
+    plan_sweep(write, ["name=s"], ["seed=2,3"]).write()
     assert len(read_members(planned.folder)) == 6
 
 
@@ -114,6 +115,7 @@ def finished(folder: Path, losses: list[float], contexts: dict[int, float]) -> N
 
 def test_results_are_averaged_over_seeds_and_drawn(write):
     planned = plan_sweep(write, ["name=s"], ["seed=1,2"])
+    planned.write()
     finished(planned.folder / "none-seed1", [5.0, 3.0], {128: 2.0, 256: 4.0})
     finished(planned.folder / "none-seed2", [5.0, 4.0], {128: 3.0, 256: 4.0})
     results = read_results(planned.folder, 0)

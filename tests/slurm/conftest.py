@@ -16,7 +16,7 @@ import pytest
 
 from launch.starts import Start, read_starts
 from pretrain.training.metrics import read_metrics
-from tests.conftest import generated_text
+from tests.conftest import write_texts
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT.parent / "shared" / "slurm-cluster"
@@ -48,7 +48,10 @@ class Cluster:
     def __init__(self, folder: Path, project: Path) -> None:
         self.folder, self.project = folder, project
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "etc" / "slurm.conf"), "PYTHONPATH": str(ROOT)}
-        self.environment |= {"COLUMNS": "250", "NO_COLOR": "1"}
+        # Where jobs find `diptych`, and tools that a test pretends to have.
+        self.tools = folder.parent / "bin"
+        path = f"{self.tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment |= {"COLUMNS": "250", "NO_COLOR": "1", "PATH": path}
 
     def tool(self, command: str, *arguments: str) -> None:
         """Run slurm-cluster."""
@@ -56,7 +59,9 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.project, capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout.strip()
 
     def diptych(self, *arguments: str, code: int = 0, home: Path = ROOT) -> str:
@@ -139,30 +144,38 @@ def losses(run: Path) -> list[tuple[int, float, str]]:
     return [(r["step"], r["loss"], r["rows_checksum"]) for r in records]
 
 
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[Cluster]:
-    """The cluster, with a built corpus; nodes n1 to n4, whose KillWait is longer than we ever want to wait."""
-    if not TOOL.is_file():
-        pytest.skip(f"no test cluster: {TOOL} is not there")
-    if not all(
-        shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("sbatch", "slurmctld", "munged")
-    ):
-        pytest.skip("no Slurm on this machine: apt-get install munge slurmctld slurmd slurm-client")
+@contextlib.contextmanager
+def started(*options: str) -> Iterator[Cluster]:
+    """A cluster of our own, and an empty project beside it; both are gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    project = folder / "my project"
-    (project / "raw").mkdir(parents=True)
-    for number in range(160):
-        (project / "raw" / f"{number:03d}.txt").write_text(generated_text(number, 100 + 30 * (number % 10)))
-    (project / "tiny.yaml").write_text(CONFIG)
-    cluster = Cluster(folder / "c", project)
-    options = ["--nodes", "4", "--node-timeout", "10", "--requeue-delay", "5", "--kill-wait", "30"]
+    cluster = Cluster(folder / "c", folder / "my project")
+    cluster.project.mkdir()
+    (cluster.project / "tiny.yaml").write_text(CONFIG)
     try:
         cluster.tool("up", *options)
-        cluster.diptych("data", "build", "tiny.yaml")
         yield cluster
     finally:
         cluster.tool("down")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def need(*programs: str, install: str) -> None:
+    """Skip the test where Slurm, or the tool that makes a cluster of it, is not there."""
+    if not TOOL.is_file():
+        pytest.skip(f"no test cluster: {TOOL} is not there")
+    if not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in programs):
+        pytest.skip(f"no Slurm on this machine: apt-get install {install}")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """The cluster, with a built corpus; nodes n1 to n4, whose KillWait is longer than we ever want to wait."""
+    need("sbatch", "slurmctld", "munged", install="munge slurmctld slurmd slurm-client")
+    options = ["--nodes", "4", "--node-timeout", "10", "--requeue-delay", "5", "--kill-wait", "30"]
+    with started(*options) as cluster:
+        write_texts(cluster.project / "raw", 160)
+        cluster.diptych("data", "build", "tiny.yaml")
+        yield cluster
 
 
 @pytest.fixture(scope="session")

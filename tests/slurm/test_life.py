@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.slurm.conftest import ROOT, Cluster, losses
@@ -24,8 +26,8 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     assert f"life is queued already, as job {train}" in slurm.diptych("train", "tiny.yaml", "name=life", code=2)
 
     # A signal before Python has installed its handlers.
-    early = "submissions/001/job-*-start-0/rank-0003.log"
-    slurm.wait(lambda: list(slurm.run("life").glob(early)), "start of the ranks")
+    early = "submissions/001/job-*-start-0/rank-*.log"
+    slurm.wait(lambda: len(list(slurm.run("life").glob(early))) == 4, "start of the ranks")
     slurm.ask("scancel", "--signal=USR2", train)
     slurm.wait(lambda: len(slurm.starts("life")) == 2, "second start")
     assert slurm.starts("life")[0].exit_code == 75
@@ -50,3 +52,25 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     whole_report = json.loads((whole / "evaluation" / "context" / "report.json").read_text())
     assert report["results"] == whole_report["results"]
     assert "is trained to its 150,000 tokens already" in slurm.diptych("submit", "tiny.yaml", "name=life", code=2)
+
+
+def test_before_its_time_limit_a_run_saves_and_the_number_of_its_restarts_is_bounded(slurm: Cluster):
+    limit = ["--time", "00:01:00", "--signal-delay", "15", "cluster.max_requeues=1", "training.tokens=10_000_000"]
+    slurm.diptych("submit", "tiny.yaml", "name=limit", *limit)
+    train, evaluate = slurm.job("limit"), slurm.job("limit", "evaluate")
+    slurm.wait(lambda: len(slurm.starts("limit")) == 2, "second start")
+    assert slurm.starts("limit")[0].why == "saved on request; back into the queue"
+    slurm.wait_for_step("limit", slurm.steps("limit")[-1] + 5)
+    following = subprocess.Popen(
+        [sys.executable, "-P", "-m", "launch.cli", "logs", "limit", "-f"],
+        cwd=slurm.project,
+        env=slurm.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    slurm.ask("scancel", "--signal=USR2", train)
+    slurm.wait_for_state(train, "FAILED")
+    assert slurm.starts("limit")[1].exit_code == 75
+    assert "started again 1 times already (cluster.max_requeues)" in slurm.diptych("runs")
+    slurm.wait(lambda: slurm.state(evaluate) == "CANCELLED", "end of the evaluation's waiting")
+    assert "saved step-" in following.communicate(timeout=30)[0]

@@ -1,0 +1,97 @@
+"""Runs that a job of the user's own script trains (slurm/*.sbatch): prepared inside the job, for what Slurm gave it.
+
+A job does here at its first start what `diptych submit` does on a login node; submitit is not needed. Later starts of
+the job find what the first one prepared.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.display import say
+from launch.submission import find_submission
+from launch.submit import find_manifest, prepare, refuse_if_queued
+from launch.sweep import Sweep, is_finished
+from pretrain.config import RunConfig, check_topology
+from pretrain.errors import UserError
+
+
+def job_id(environment: Mapping[str, str] = os.environ) -> str:
+    """The job at hand: 123, or 123_4 for a member of an array.
+
+    Raises:
+        UserError: this is no job.
+    """
+    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID")
+    if job is None:
+        raise UserError("--in-job is for the script of a Slurm job, and this is none: sbatch slurm/train.sbatch CONFIG")
+    task = environment.get("SLURM_ARRAY_TASK_ID")
+    return job if task is None else f"{job}_{task}"
+
+
+def allocation_overrides(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """KEY=VALUE changes that make the section `cluster` say what the job at hand was given.
+
+    Raises:
+        UserError: this is no job.
+    """
+    job_id(environment)
+    given = {
+        "nodes": environment.get("SLURM_JOB_NUM_NODES", "1"),
+        "min_nodes": "null",
+        "gpus_per_node": environment.get("SLURM_GPUS_ON_NODE", "0"),
+        "tasks_per_node": environment.get("SLURM_NTASKS_PER_NODE", "null"),
+        "cpus_per_task": environment.get("SLURM_CPUS_PER_TASK", "null"),
+    }
+    return [f"cluster.{key}={value}" for key, value in given.items()]
+
+
+def prepare_run(
+    config: RunConfig,
+    console: Console,
+    allow_change: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Path | None:
+    """The submission's folder for the job at hand, made at its first start; None if the run is trained already.
+
+    Raises:
+        UserError: the run would fail, or another job is at work on it.
+    """
+    job = job_id(environment)
+    if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(config.run_folder, job)):
+        return folder
+    from launch.train import is_complete
+
+    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+    refuse_if_queued(config.run_folder)
+    manifest = find_manifest(config)
+    if is_complete(config):
+        say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
+        return None
+    folder, submission = prepare(config, manifest, console, allow_change)
+    submission.jobs["train"] = job
+    submission.write(folder)
+    return folder
+
+
+def prepare_member(sweep: Sweep, console: Console, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """As `prepare_run`, for the member of a sweep that the job's place in its array stands for.
+
+    Raises:
+        UserError: there is no such member, or see `prepare_run`.
+    """
+    task, last = environment.get("SLURM_ARRAY_TASK_ID"), len(sweep.members) - 1
+    if task is None or int(task) > last:
+        place = "this job is in no array" if task is None else f"there is no member {task}"
+        raise UserError(
+            f"{place}; the members of {sweep.name} are 0 to {last}: sbatch --array=0-{last}%4 slurm/sweep.sbatch CONFIG"
+        )
+    config = sweep.configs[int(task)]
+    say(console, f"member {task} of {sweep.name}: {config.name}")
+    if is_finished(config):
+        say(console, f"{config.run_folder} is trained and evaluated already")
+        return None
+    sweep.write()
+    return prepare_run(config, console, (), environment)
