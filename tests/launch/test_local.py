@@ -37,7 +37,8 @@ for line in plan.get("say", []):
     print(line)
 for status in plan.get("status", []):
     temporary = run_folder / "status.tmp"
-    temporary.write_text(json.dumps({"heartbeat": time.time(), **status}))
+    attempt = int(os.environ["DIPTYCH_ATTEMPT"])
+    temporary.write_text(json.dumps({"heartbeat": time.time(), "attempt": attempt, **status}))
     temporary.replace(run_folder / "status.json")
     time.sleep(0.25)
 (run_folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -200,7 +201,7 @@ def test_signal_handlers_are_as_before_afterwards(launch):
 
 def test_each_event_is_shown_once_and_an_earlier_attempt_is_ignored(launch, tmp_path):
     run_folder = make_config(tmp_path).run_folder
-    old = {"state": "done", "step": 99, "heartbeat": time.time() - 5, "events": ["ancient"]}
+    old = {"state": "done", "step": 99, "heartbeat": time.time() + 50, "attempt": 0, "events": ["ancient"]}
     (run_folder / "status.json").write_text(json.dumps(old))
     _, display, _ = launch(
         {
