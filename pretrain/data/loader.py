@@ -106,18 +106,17 @@ class _TrainingSteps(IterableDataset[StepRows]):
     def _block(self, reader: StreamReader, steps: int, worker: int, num_workers: int) -> list[StepRows]:
         """The next steps of this worker, made together."""
         data, training = self._config.data, self._config.training
-        taken, states, rates = list[Taken](), list[StreamState](), list[float]()
-        for _ in range(steps):
-            for other in range(num_workers):
-                positions = reader.positions
-                part = reader.take(training.batch_size)
-                if other == worker:
-                    taken.append(part)
-                    states.append(reader.state)
-                    rates.append(rate_at(positions, training.tokens, data.mask_rate, data.final_mask_rate))
-        rows = len(taken[0].numbers)
+        step_positions = training.batch_size * data.sequence_length
+        taken, states = reader.take_steps(training.batch_size, steps * num_workers)
+        states = states[worker::num_workers]
+        rates = [
+            rate_at(state.positions - step_positions, training.tokens, data.mask_rate, data.final_mask_rate)
+            for state in states
+        ]
+        rows = len(taken.numbers) // (steps * num_workers)
+        taken = taken[np.arange(len(taken.numbers)) // rows % num_workers == worker]
         shape, of_rows = (rows * steps, data.sequence_length), np.repeat(rates, rows)
-        block = read_batch(reader, Taken.joined(taken), shape, self._rule, (self._config.seed, "train"), of_rows)
+        block = read_batch(reader, taken, shape, self._rule, (self._config.seed, "train"), of_rows)
         return [StepRows(*pair) for pair in zip(block.split(rows), states, strict=True)]
 
 
