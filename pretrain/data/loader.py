@@ -17,13 +17,13 @@ from pretrain.data.masking import MaskingRule, Rates, mask_in_place, rate_at
 from pretrain.data.packing import PackingRule
 from pretrain.data.rows import STRIP_POSITIONS, Rows
 from pretrain.data.shard_access import ShardAccess
-from pretrain.data.stream import RowSource, StreamReader, StreamState, Taken
+from pretrain.data.stream import ORDER, RowSource, StreamReader, StreamState, Taken
 from pretrain.data.tokenizer import PAD, Tokenizer
 from pretrain.errors import UserError
 
 _MASKS = {"train": 3, "valid": 4, "test": 5}
 """First part of the key of a row's mask (1 and 2 are the stream's permutations)."""
-_BLOCK_POSITIONS = 2**17
+_BLOCK_POSITIONS = 2**18
 """Of this rank, made at a time: enough that numpy's arrays are long, little enough that they stay near the core."""
 
 
@@ -135,8 +135,14 @@ def training_steps(
     They are those of the phase that `state` is in.
 
     Raises:
-        UserError: the corpus has fewer training shards than the run has streams.
+        UserError: the corpus has fewer training shards than the run has streams, or `state` is of a version of Diptych
+            that makes another order, so that rows would be lost and repeated.
     """
+    if state.order != ORDER:
+        raise UserError(
+            f"the run's rows are in order {state.order}, and this version of Diptych makes order {ORDER}; finish it "
+            "with the version that began it, or begin a new run"
+        )
     phase = state.rows.shape[1] - 1
     rules = [packing_rule(config.in_phase(number), manifest) for number in range(phase + 1)]
     config = config.in_phase(phase)

@@ -12,7 +12,7 @@ each phase of the run so far.
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _SHARDS, _ROWS, _WEIGHTS = 1, 2, 10
 """First part of a key, so that choices of these kinds are independent (others have the numbers between)."""
 
 
+ORDER = 2
+"""Which order of rows and masks this code makes; to be raised with whatever changes it."""
 PER_STREAM = ("visits", "rows", "lost")
 """The fields of `StreamState` that hold a number per stream."""
 
@@ -53,6 +55,8 @@ class StreamState:
     """int64 [S, P]: rows already taken in that visit in each phase of the run so far; the last is the one at hand."""
     lost: npt.NDArray[np.int64]
     """int64 [S]: samples passed over so far because their shard was damaged."""
+    order: int = ORDER
+    """The order that the rows were taken in."""
 
     @classmethod
     def start(cls, streams: int) -> "StreamState":
@@ -65,17 +69,18 @@ class StreamState:
         streams, phases = self.rows.shape
         assert phases <= phase + 1, "a run does not go back to an earlier phase"
         new = np.zeros((streams, phase + 1 - phases), dtype=np.int64)
-        return StreamState(self.position, self.positions, self.visits, np.hstack((self.rows, new)), self.lost)
+        return replace(self, rows=np.hstack((self.rows, new)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        numbers = {"position": self.position, "positions": self.positions}
+        numbers = {"order": self.order, "position": self.position, "positions": self.positions}
         return {**numbers, **{name: getattr(self, name).tolist() for name in PER_STREAM}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StreamState":
         """The inverse of `to_json`."""
-        return cls(value["position"], value["positions"], *(np.array(value[name], np.int64) for name in PER_STREAM))
+        visits, rows, lost = (np.array(value[name], np.int64) for name in PER_STREAM)
+        return cls(value["position"], value["positions"], visits, rows, lost, value.get("order", 1))
 
     def of_streams(self, streams: Iterable[int]) -> dict[int, list[Any]]:
         """The numbers of some streams, by stream."""
@@ -88,7 +93,7 @@ class StreamState:
             for stream, numbers in part.items():
                 for name, number in zip(PER_STREAM, numbers, strict=True):
                     fields[name][stream] = number
-        return StreamState(self.position, self.positions, **fields)
+        return replace(self, **fields)
 
 
 class RowSource:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from hashlib import sha256
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from pretrain.data.counter_random import bits, permutation, uniform
 from pretrain.data.loader import StepRows, training_steps, validation_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.data.packing import PackingRule
+from pretrain.data.masking import MaskingRule, mask_rows
+from pretrain.data.packing import PackingRule, plan_rows, whole_documents
 from pretrain.data.rows import Rows, Visit, read_rows
 from pretrain.data.stream import RowSource, StreamReader, StreamState
 from pretrain.data.tokenizer import BOS, EOS, PAD
@@ -165,6 +167,21 @@ def test_a_damaged_shard_is_named_before_anything_of_it_is_read(manifest, tmp_pa
     source = RowSource(copy, load_manifest(copy), "train", 7, [PackingRule(32)])
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         [source.open(visit) for visit in range(source.num_shards)]
+
+
+def test_the_order_of_an_earlier_version_is_refused_and_this_ones_is_fixed(make_config, manifest):
+    state = first_steps(make_config(), manifest, 1)[0][0].state
+    assert StreamState.from_json(state.to_json()).to_json() == state.to_json()
+    earlier = {name: value for name, value in state.to_json().items() if name != "order"}
+    for old in (StreamState.from_json(earlier), StreamState.from_json(earlier).in_phase(1)):
+        with pytest.raises(UserError, match="rows are in order 1, and this version of Diptych makes order 2"):
+            training_steps(make_config(), manifest, old, 0, 1)
+    # If these change, rows or masks do: raise ORDER.
+    plan = plan_rows(whole_documents(np.arange(40) * 7), PackingRule(64, "packed"), 5)
+    assert sha256(np.concatenate(list(vars(plan).values())).tobytes()).hexdigest()[:12] == "e46afd8e1e9b"
+    rule = MaskingRule(0.2, 0.8, 0.1, np.arange(100) < 5)
+    masked = mask_rows(np.arange(990).reshape(10, 99) % 100, bits(3, np.arange(10)), rule)
+    assert sha256(np.concatenate(masked).tobytes()).hexdigest()[:12] == "edbbb65fec85"
 
 
 def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
