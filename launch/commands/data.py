@@ -67,7 +67,7 @@ def data_verify(corpus: ConfigOrCorpus) -> None:
     path = _corpus_folder(corpus)
     if not (path / MANIFEST).is_file():
         load_manifest(path)
-    from pretrain.data.corpus import verify_corpus
+    from pretrain.data.inspection import verify_corpus
 
     problems = verify_corpus(path, num_cores())
     for problem in problems:
@@ -88,7 +88,7 @@ def data_show(corpus: ConfigOrCorpus) -> None:
     """
     from launch.display import make_console
     from launch.tables import corpus_description
-    from pretrain.data.corpus import describe_corpus
+    from pretrain.data.inspection import describe_corpus
 
     make_console().print(corpus_description(describe_corpus(_corpus_folder(corpus))))
 

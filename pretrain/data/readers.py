@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from pretrain.config import SourceConfig
 from pretrain.data.containers import open_zstd, parquet_records, webdataset_records
@@ -131,7 +131,7 @@ def read_documents(
                     raise UserError(f"{record.message} {_SKIP_HINT}")
                 skipped[record.reason] += 1
             elif record[1].strip():
-                yield Document(*record, source=name)
+                yield Document(record[0], record[1], name, record[2] if len(record) == 3 else {})
 
 
 def _records(file: InputFile, source: SourceConfig) -> Iterator[Record]:
@@ -245,7 +245,8 @@ def json_record(where: str, default_id: str, line: str, source: SourceConfig) ->
     except UnicodeEncodeError as error:
         lone = f"\\u{ord((text + document_id)[error.start]):04x}"
         return BadRecord("lone surrogate", f"{where}: {lone} is half a surrogate pair, which is no character.")
-    return document_id, text
+    metadata = {field: value[field] for field in source.metadata_fields if field in value}
+    return document_id, text, metadata
 
 
 # ------------------------------------------------------------------------------------------------------------ FASTA
@@ -279,7 +280,7 @@ def _fasta_record(file: InputFile, header: str | None, parts: list[str]) -> Reco
     return _protein(file.path, words[0], "".join(parts))
 
 
-def _protein(path: Path, record_id: str, text: str) -> Record:
+def _protein(path: Path, record_id: str, text: str, metadata: dict[str, Any] | None = None) -> Record:
     """The sequence in capitals, without white space and without the final stop."""
     sequence = "".join(text.split()).upper().removesuffix("*")
     if not sequence:
@@ -290,4 +291,4 @@ def _protein(path: Path, record_id: str, text: str) -> Record:
             f"{path}: record {record_id} has {illegal.group()!r} at position {illegal.start() + 1:,}, which is no "
             f"residue (legal: {RESIDUES}, and '*' at the end).",
         )
-    return record_id, sequence
+    return record_id, sequence, metadata or {}

@@ -123,7 +123,8 @@ def build_group(place: Workplace, group: Group, documents: Sequence[Document]) -
     encoded = [
         EncodedDocument(
             tokenizer.encode(document.text),
-            {"id": document.id, "source": document.source, "characters": len(document.text)},
+            {"id": document.id, "source": document.source, "characters": len(document.text)}
+            | ({"metadata": document.metadata} if document.metadata else {}),
         )
         for document in documents
     ]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pretrain.config import CorpusConfig, SplitsConfig, load_config
 from pretrain.data import shard_builder
 from pretrain.data.build_plan import Scan, cut_evenly, sampled_characters, split_of, text_hash
-from pretrain.data.corpus import build_corpus, describe_corpus, verify_corpus
+from pretrain.data.corpus import build_corpus
+from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.manifest import load_manifest
 from pretrain.data.readers import find_inputs, read_documents
 from pretrain.data.shards import Shard
