@@ -1,7 +1,7 @@
 """Rows -> the part of each optimizer step that one rank puts through the model, with the state to resume after it."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
@@ -155,32 +155,55 @@ def training_steps(
         )
     dataset = _TrainingSteps(config, source, masking_rule(config), state, rank, world_size)
     workers = config.data.workers
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_ignore_signals if workers else None,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
+    steps = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals if workers else None,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
+    return _in_one_order(iter(steps), state) if workers > 1 else iter(steps)
+
+
+def _in_one_order(steps: Iterator[StepRows], state: StreamState) -> Iterator[StepRows]:
+    """The same steps, made sure that the workers went the same way.
+
+    Raises:
+        UserError: one passed over a damaged shard that another could read, so that their rows are not of one order.
+    """
+    for step in steps:
+        if step.state.is_behind(state):
+            raise UserError(
+                "a shard was damaged for one loader worker and whole for another, so it was changed while the run read "
+                "it; see that nothing writes to the corpus, and run the same command again: it resumes"
+            )
+        state = step.state
+        yield step
 
 
 def validation_batches(
-    config: RunConfig, manifest: Manifest, rank: int, world_size: int, rows_per_batch: int
+    config: RunConfig,
+    manifest: Manifest,
+    rank: int,
+    world_size: int,
+    rows_per_batch: int,
+    on_any_rank: Callable[[bool], bool] = bool,
 ) -> Iterator[Batch]:
     """This rank's share of the first `training.validation_rows` rows of the validation split, always the same.
 
     Every rank gives equally many batches, so that they can be evaluated together under any sharding; where the rows
-    do not suffice, a row of padding stands in.
+    do not suffice, a row of padding stands in. All ranks open all shards, so what is damaged on one node only is left
+    out by all: `on_any_rank` says of a value of this rank whether it is true on any.
     """
     rule_of_rows = replace(packing_rule(config, manifest), source_weights=())
     source = RowSource(
         config.corpus.path, manifest, "valid", config.seed, [rule_of_rows], ShardAccess.of_run(config, manifest)
     )
     rule = masking_rule(config)
-    rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
+    sizes = [len(opened[1]) if (opened := source.try_open(v)) else None for v in range(source.num_shards)]
+    source.left_out = frozenset(v for v, size in enumerate(sizes) if on_any_rank(size is None))
+    rows_in_epoch = sum(size for v, size in enumerate(sizes) if size and v not in source.left_out)
     total = min(config.training.validation_rows, rows_in_epoch)
     reader = StreamReader(source, StreamState.start(1))
     share = -(-total // world_size)

@@ -82,6 +82,12 @@ class StreamState:
         visits, rows, lost = (np.array(value[name], np.int64) for name in PER_STREAM)
         return cls(value["position"], value["positions"], visits, rows, lost, value.get("order", 1))
 
+    def is_behind(self, earlier: "StreamState") -> bool:
+        """Whether this cannot follow `earlier`: a stream went back, or lost samples and still is in that visit."""
+        visits, rows = self.visits - earlier.visits, self.rows[:, -1] - earlier.rows[:, -1]
+        lost = self.lost - earlier.lost
+        return bool(((visits < 0) | (lost < 0) | (visits == 0) & ((rows < 0) | (lost > 0))).any())
+
     def of_streams(self, streams: Iterable[int]) -> dict[int, list[Any]]:
         """The numbers of some streams, by stream."""
         return {s: [getattr(self, name)[s].tolist() for name in PER_STREAM] for s in streams}
@@ -118,6 +124,8 @@ class RowSource:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
         self._orders: dict[int, Ints] = {}
         """Of the epochs in which the streams are, by number."""
+        self.left_out: frozenset[int] = frozenset()
+        """Visits by number whose shard is damaged somewhere else, and so has no rows here either."""
 
     @property
     def num_shards(self) -> int:
@@ -153,6 +161,8 @@ class RowSource:
 
     def try_open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan] | None:
         """The same; None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
+        if dealt in self.left_out:
+            return None
         try:
             return self.open(dealt, rows)
         except DamagedShardError as error:
