@@ -9,9 +9,11 @@ import typer
 
 from launch.commands.arguments import Config, Overrides, resumable
 from pretrain.errors import EXIT_FAILED, UserError
+from pretrain.files import disk_errors
 
 app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
 
+_AGAIN = "free space, delete what was made there, and run the same command again"
 ConfigOrCorpus = Annotated[
     str, typer.Argument(metavar="CONFIG_OR_CORPUS", help="A config, or a corpus folder (with a manifest.json).")
 ]
@@ -113,7 +115,9 @@ def data_index(
     from pretrain.data.joining import index_shards
 
     parts = {"train": shards, "valid": valid or [], "test": test or []}
-    make_console().print(corpus_summary(index_shards(corpus, parts, tokenizer, name)))  # type: ignore[arg-type]
+    with disk_errors(corpus, _AGAIN):
+        made = index_shards(corpus, parts, tokenizer, name)  # type: ignore[arg-type]
+    make_console().print(corpus_summary(made))
 
 
 @app.command("merge")
@@ -131,7 +135,9 @@ def data_merge(
     from launch.tables import corpus_summary
     from pretrain.data.joining import merge_corpora
 
-    make_console().print(corpus_summary(merge_corpora(corpus, parts)))
+    with disk_errors(corpus, _AGAIN):
+        made = merge_corpora(corpus, parts)
+    make_console().print(corpus_summary(made))
 
 
 def _corpus_folder(name: str) -> Path:

@@ -4,10 +4,10 @@ A build that is killed at any moment leaves no manifest; run again, it continues
 notes lie in `.build/` inside the corpus until the manifest is written.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -54,7 +54,7 @@ from pretrain.data.shard_builder import (
 from pretrain.data.shards import verify_shard
 from pretrain.data.tokenizer import Tokenizer, token_dtype, train_tokenizer, training_characters
 from pretrain.errors import UserError
-from pretrain.files import atomic_path, sha256_of, write_json
+from pretrain.files import atomic_path, disk_errors, sha256_of, write_json
 
 _BUILD = ".build"
 _OWN_SHARD = re.compile(r"shard-\d{6}(-\d+)?(\.tar|\.index\.npy)")
@@ -76,8 +76,14 @@ def build_corpus(config: CorpusConfig, report: Report = silent) -> Manifest:
 
     Raises:
         UserError: wrong sources, a bad record, a corpus too small for its splits, streams or vocabulary, a finished
-            corpus of other sources or settings in the same place, another build at work there, or a full disk.
+            corpus of other sources or settings in the same place, another build at work there, a full disk, or a place
+            that cannot be written to.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "build_corpus was called while Python started a process for it, which runs the script anew: put the call "
+            'under `if __name__ == "__main__":`, or set corpus.processes=1'
+        )
     if not config.sources:
         raise UserError(
             f"corpus.sources is empty, so there is nothing to build {config.path} from; name raw files there, for "
@@ -88,16 +94,9 @@ def build_corpus(config: CorpusConfig, report: Report = silent) -> Manifest:
     key = build_key(config, inputs)
     if finished := _already_built(config, key, report):
         return finished
-    try:
-        with _exclusive(config.path):
-            return _already_built(config, key, report) or _build(config, inputs, key, report)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left for {config.path} ({error.strerror}); the shards that are finished are kept. Free space "
-            "and run the same command again: it continues"
-        ) from error
+    kept = "the shards that are finished are kept. Free space and run the same command again: it continues"
+    with disk_errors(config.path, kept), _exclusive(config.path):
+        return _already_built(config, key, report) or _build(config, inputs, key, report)
 
 
 def build_key(config: CorpusConfig, inputs: Inputs) -> str:

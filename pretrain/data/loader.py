@@ -84,8 +84,11 @@ def read_batch(
     return Batch(*map(torch.from_numpy, fields))
 
 
-class _TrainingSteps(IterableDataset[StepRows]):
-    """Steps one after another. Worker w of n makes the steps w, w + n, ... and only counts the rows between."""
+class _TrainingSteps(IterableDataset[StepRows | UserError]):
+    """Steps one after another. Worker w of n makes the steps w, w + n, ... and only counts the rows between.
+
+    An error that is an answer is the last thing that a worker gives: torch would raise it with a traceback in it.
+    """
 
     def __init__(
         self, config: RunConfig, source: RowSource, rule: MaskingRule, state: StreamState, rank: int, world_size: int
@@ -93,9 +96,14 @@ class _TrainingSteps(IterableDataset[StepRows]):
         self._config, self._source, self._rule, self._state = config, source, rule, state
         self._rank, self._world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[StepRows]:
+    def __iter__(self) -> Iterator[StepRows | UserError]:
         info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self._steps(*((info.id, info.num_workers) if info else (0, 1)))
+        except UserError as error:
+            yield error
+
+    def _steps(self, worker: int, num_workers: int) -> Iterator[StepRows]:
         reader = StreamReader(self._source, self._state, self._rank, self._world_size)
         training, length = self._config.training, self._config.data.sequence_length
         most = max(1, _BLOCK_POSITIONS * self._world_size // (training.batch_size * length))
@@ -163,16 +171,19 @@ def training_steps(
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return _in_one_order(iter(steps), state) if workers > 1 else iter(steps)
+    return _in_one_order(iter(steps), state)
 
 
-def _in_one_order(steps: Iterator[StepRows], state: StreamState) -> Iterator[StepRows]:
+def _in_one_order(steps: Iterator[StepRows | UserError], state: StreamState) -> Iterator[StepRows]:
     """The same steps, made sure that the workers went the same way.
 
     Raises:
-        UserError: one passed over a damaged shard that another could read, so that their rows are not of one order.
+        UserError: one passed over a damaged shard that another could read, so that their rows are not of one order; or
+            what a worker ended with.
     """
     for step in steps:
+        if isinstance(step, UserError):
+            raise step
         if step.state.is_behind(state):
             raise UserError(
                 "a shard was damaged for one loader worker and whole for another, so it was changed while the run read "

@@ -211,7 +211,8 @@ def build_groups(
     except BrokenProcessPool as error:
         raise UserError(
             "a process that encodes was killed, perhaps for want of memory; what is finished is kept: run the same "
-            "command again and it continues, with fewer corpus.processes or smaller corpus.shard_bytes if need be"
+            "command again and it continues, with fewer corpus.processes or smaller corpus.shard_bytes if need be. "
+            '(In a script of your own, put the call under `if __name__ == "__main__":`)'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

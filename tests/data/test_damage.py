@@ -105,6 +105,15 @@ def test_every_kind_of_damage_stops_the_run_with_the_shards_name_or_is_skipped_a
     assert Path(entry.path).name in caplog.text
 
 
+def test_a_worker_that_meets_a_damaged_shard_ends_the_run_with_the_answer_and_no_traceback(make_config, copy):
+    manifest = load_manifest(copy)
+    damage(copy / manifest.splits["train"].shards[3].path, "missing")
+    with pytest.raises(UserError) as caught:
+        next(training_steps(config_of(make_config, copy, data={"workers": 1}), manifest, StreamState.start(16), 0, 1))
+    assert str(caught.value).startswith(str(copy))
+    assert "Traceback" not in str(caught.value)
+
+
 def test_skipping_keeps_one_order_and_one_count_on_any_ranks_workers_and_resumes(make_config, copy):
     manifest = load_manifest(copy)
     shards = manifest.splits["train"].shards
