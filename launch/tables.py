@@ -13,7 +13,7 @@ from launch.runs import RunRow, compact, duration
 from pretrain.data.manifest import SPLITS, Manifest, SourceEntry, SplitEntry
 
 if TYPE_CHECKING:
-    from pretrain.data.corpus import CorpusDescription
+    from pretrain.data.inspection import CorpusDescription
     from pretrain.model.summary import ModelSummary
     from pretrain.training.flops import FlopsPerToken
 

@@ -33,6 +33,12 @@ class SourceConfig(Section):
     """JSON and parquet only: the field that holds the text."""
     id_field: str = "id"
     """JSON and parquet only: the field that holds the document's id; the line number where it is absent."""
+    metadata_fields: list[str] = Field(default=[])
+    """JSON and parquet only: fields that are kept with each document, as `metadata` in its .json in the shard. A record
+    of JSON may lack some of them."""
+    split: Literal["train", "valid", "test"] | None = None
+    """Where all documents of this source go, instead of being split by hash. Nothing else goes into a `valid` or `test`
+    that has such sources, and what is in there is taken out of every other split."""
 
 
 class TokenizerConfig(Section):

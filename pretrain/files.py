@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic, flushed writes, and digests."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pretrain.errors import UserError
+
+
+@contextmanager
+def disk_errors(folder: Path, hint: str) -> Iterator[None]:
+    """A full disk, or a place that cannot be written to, becomes a UserError that ends with `hint`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left for {folder} ({error.strerror}); {hint}") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{folder} cannot be written to ({error.strerror}: {error.filename}); name a folder that can be made "
+                "and written there"
+            ) from error
+        raise
 
 
 def fsync_path(path: Path) -> None:

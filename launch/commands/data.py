@@ -9,9 +9,11 @@ import typer
 
 from launch.commands.arguments import Config, Overrides, resumable
 from pretrain.errors import EXIT_FAILED, UserError
+from pretrain.files import disk_errors
 
 app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
 
+_AGAIN = "free space, delete what was made there, and run the same command again"
 ConfigOrCorpus = Annotated[
     str, typer.Argument(metavar="CONFIG_OR_CORPUS", help="A config, or a corpus folder (with a manifest.json).")
 ]
@@ -73,7 +75,7 @@ def data_verify(corpus: ConfigOrCorpus) -> None:
     path = _corpus_folder(corpus)
     if not (path / MANIFEST).is_file():
         load_manifest(path)
-    from pretrain.data.corpus import verify_corpus
+    from pretrain.data.inspection import verify_corpus
 
     problems = verify_corpus(path, num_cores())
     for problem in problems:
@@ -94,7 +96,7 @@ def data_show(corpus: ConfigOrCorpus) -> None:
     """
     from launch.display import make_console
     from launch.tables import corpus_description
-    from pretrain.data.corpus import describe_corpus
+    from pretrain.data.inspection import describe_corpus
 
     make_console().print(corpus_description(describe_corpus(_corpus_folder(corpus))))
 
@@ -119,7 +121,9 @@ def data_index(
     from pretrain.data.joining import index_shards
 
     parts = {"train": shards, "valid": valid or [], "test": test or []}
-    make_console().print(corpus_summary(index_shards(corpus, parts, tokenizer, name)))  # type: ignore[arg-type]
+    with disk_errors(corpus, _AGAIN):
+        made = index_shards(corpus, parts, tokenizer, name)  # type: ignore[arg-type]
+    make_console().print(corpus_summary(made))
 
 
 @app.command("merge")
@@ -137,7 +141,9 @@ def data_merge(
     from launch.tables import corpus_summary
     from pretrain.data.joining import merge_corpora
 
-    make_console().print(corpus_summary(merge_corpora(corpus, parts)))
+    with disk_errors(corpus, _AGAIN):
+        made = merge_corpora(corpus, parts)
+    make_console().print(corpus_summary(made))
 
 
 def _corpus_folder(name: str) -> Path:

@@ -65,6 +65,18 @@ def split_of(text_digest: int, rule: SplitsConfig) -> Split:
     return "valid" if fraction < rule.test + rule.valid else "train"
 
 
+def held_out_first(config: CorpusConfig) -> CorpusConfig:
+    """The config with sources that are given to test and valid in front, and nothing split off by hash beside them.
+
+    So whatever is held out has been seen when an equal document comes that would go elsewhere.
+    """
+    ranks = {"test": 0, "valid": 1, None: 2, "train": 3}
+    sources = sorted(config.sources, key=lambda source: ranks[source.split])
+    none_by_hash = {split: 0.0 for split in ("valid", "test") if any(source.split == split for source in sources)}
+    splits = config.splits.model_copy(update=none_by_hash)
+    return config.model_copy(update={"sources": sources, "splits": splits})
+
+
 def all_documents(
     config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], skipped: Sequence[Counter[str]] | None = None
 ) -> Iterator[Document]:
@@ -76,7 +88,7 @@ def all_documents(
 
 
 def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Report) -> Scan:
-    """Read everything once, and keep a few numbers per document.
+    """Read everything once, and keep a few numbers per document; `config` is from `held_out_first`.
 
     Raises:
         UserError: a bad record under `on_bad: error`, no document at all, or fewer than splits and streams need.
@@ -84,6 +96,7 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
     splits, hashes, characters, utf8_bytes = bytearray(), array("Q"), array("q"), array("q")
     sources: list[SourceEntry] = []
     seen: set[int] = set()
+    placed: dict[int, Split] | None = {} if any(source.split for source in config.sources) else None
     done = reported = 0
     for source, files in zip(config.sources, inputs, strict=True):
         skipped, kept = Counter[str](), Counter[str]()
@@ -94,11 +107,14 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
             if reason is None and config.filters.deduplicate:
                 reason = "duplicate" if digest in seen else None
                 seen.add(digest)
+            split = source.split or split_of(digest, config.splits)
+            if reason is None and placed is not None and placed.setdefault(digest, split) != split:
+                reason = f"also in {placed[digest]}"
             if reason:
                 skipped[reason] += 1
             else:
                 kept += Counter(documents=1, characters=len(document.text))
-            splits.append(REMOVED if reason else SPLITS.index(split_of(digest, config.splits)))
+            splits.append(REMOVED if reason else SPLITS.index(split))
             hashes.append(digest)
             characters.append(len(document.text))
             utf8_bytes.append(len(document.text.encode()))
@@ -145,6 +161,10 @@ def check_large_enough(config: CorpusConfig, found: Scan) -> None:
     held_out: tuple[Split, ...] = ("valid", "test")
     for split in held_out:
         share = getattr(config.splits, split)
+        if any(source.split == split for source in config.sources) and not found.count(split):
+            raise UserError(
+                f"no document of the sources given to {split} is left: filters removed them, or they are in test too"
+            )
         if share > 0 and not found.count(split):
             raise UserError(
                 f"corpus too small: of its {documents:,} documents none fell into {split} with corpus.splits.{split} = "

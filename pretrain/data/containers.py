@@ -1,6 +1,7 @@
 """Documents inside other files: zstandard streams, parquet tables, WebDataset tars of .txt and .json members."""
 
 import io
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -58,7 +59,7 @@ def open_zstd(path: Path) -> io.BufferedReader:
 
 
 def parquet_records(file: InputFile, source: SourceConfig) -> Iterator[Record]:
-    """One document a row; only the columns of text and id are read, some rows at a time."""
+    """One document a row; only the columns of text, id and metadata are read, some rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -72,19 +73,28 @@ def parquet_records(file: InputFile, source: SourceConfig) -> Iterator[Record]:
                 "corpus.sources[].text_field says which one holds the text.",
             )
             return
-        columns = [source.text_field, *([source.id_field] if source.id_field in names else [])]
+        if absent := set(source.metadata_fields) - set(names):
+            raise UserError(
+                f"{file.path} has no column {', '.join(map(repr, sorted(absent)))}; its columns: "
+                f"{', '.join(map(repr, names))}. corpus.sources[].metadata_fields says which ones are kept"
+            )
+        has_ids = source.id_field in names
+        columns = [
+            *dict.fromkeys([source.text_field, *([source.id_field] if has_ids else []), *source.metadata_fields])
+        ]
         row = 0
         for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
-            texts, ids = batch.column(0).to_pylist(), batch.column(len(columns) - 1).to_pylist()
-            for text, own_id in zip(texts, ids, strict=True):
+            for values in batch.to_pylist():
                 row += 1
+                text, own_id = values[source.text_field], values[source.id_field] if has_ids else None
                 if not isinstance(text, str):
                     kind = type(text).__name__
                     where = f"{file.path}, row {row}: column {source.text_field!r}"
                     yield BadRecord("text is no string", f"{where} is {kind}, expected a string.")
                 else:
-                    has_id = len(columns) == 2 and own_id is not None
-                    yield str(own_id) if has_id else f"{file.label}:{row}", text
+                    # Dates and the like are no JSON; they are written as Python does.
+                    kept = json.loads(json.dumps({name: values[name] for name in source.metadata_fields}, default=str))
+                    yield str(own_id) if own_id is not None else f"{file.label}:{row}", text, kept
     except (pa.ArrowException, OSError) as error:
         yield BadRecord("damaged parquet", f"{file.path} is damaged, or is no parquet file: {error}.")
 

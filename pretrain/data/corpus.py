@@ -1,28 +1,34 @@
-"""The build: raw files -> tokenizer -> splits -> shards -> manifest; and what can be said about a finished corpus.
+"""The build: raw files -> tokenizer -> splits -> shards -> manifest.
 
 A build that is killed at any moment leaves no manifest; run again, it continues and makes the same bytes. Its private
 notes lie in `.build/` inside the corpus until the manifest is written.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.config import CorpusConfig
-from pretrain.data.build_plan import Report, Scan, all_documents, plan_groups, sampled_characters, scan
+from pretrain.data.build_plan import (
+    Report,
+    Scan,
+    all_documents,
+    held_out_first,
+    plan_groups,
+    sampled_characters,
+    scan,
+)
 from pretrain.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -36,7 +42,7 @@ from pretrain.data.manifest import (
     load_manifest,
     save_manifest,
 )
-from pretrain.data.readers import InputFile, find_inputs
+from pretrain.data.readers import InputFile, find_inputs, source_name
 from pretrain.data.shard_builder import (
     RAW_FILES_CHANGED,
     Group,
@@ -45,10 +51,10 @@ from pretrain.data.shard_builder import (
     build_groups,
     deal_to_groups,
 )
-from pretrain.data.shards import Shard, verify_shard
-from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_characters
+from pretrain.data.shards import verify_shard
+from pretrain.data.tokenizer import Tokenizer, token_dtype, train_tokenizer, training_characters
 from pretrain.errors import UserError
-from pretrain.files import atomic_path, sha256_of, write_json
+from pretrain.files import atomic_path, disk_errors, sha256_of, write_json
 
 _BUILD = ".build"
 _OWN_SHARD = re.compile(r"shard-\d{6}(-\d+)?(\.tar|\.index\.npy)")
@@ -71,29 +77,29 @@ def build_corpus(config: CorpusConfig, report: Report = silent, share: tuple[int
 
     Raises:
         UserError: wrong sources, a bad record, a corpus too small for its splits, streams or vocabulary, a finished
-            corpus of other sources or settings in the same place, another build at work there, or a full disk.
+            corpus of other sources or settings in the same place, another build at work there, a full disk, or a place
+            that cannot be written to.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "build_corpus was called while Python started a process for it, which runs the script anew: put the call "
+            'under `if __name__ == "__main__":`, or set corpus.processes=1'
+        )
     if not config.sources:
         raise UserError(
             f"corpus.sources is empty, so there is nothing to build {config.path} from; name raw files there, for "
             "instance corpus.sources=[{path: data/*.txt.gz}]"
         )
+    config = held_out_first(config)
     inputs = [find_inputs(source)[share[0] :: share[1]] for source in config.sources]
     if not any(inputs):
         raise UserError(f"corpus.sources have fewer files than {share[1]}; build the corpus in fewer parts")
     key = build_key(config, inputs)
     if finished := _already_built(config, key, report):
         return finished
-    try:
-        with _exclusive(config.path):
-            return _already_built(config, key, report) or _build(config, inputs, key, report)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left for {config.path} ({error.strerror}); the shards that are finished are kept. Free space "
-            "and run the same command again: it continues"
-        ) from error
+    kept = "the shards that are finished are kept. Free space and run the same command again: it continues"
+    with disk_errors(config.path, kept), _exclusive(config.path):
+        return _already_built(config, key, report) or _build(config, inputs, key, report)
 
 
 def build_key(config: CorpusConfig, inputs: Inputs) -> str:
@@ -103,6 +109,10 @@ def build_key(config: CorpusConfig, inputs: Inputs) -> str:
     """
     settings = config.model_dump(mode="json", exclude={"path", "url", "processes", "sources"})
     settings["sources"] = [source.model_dump(mode="json", exclude={"path"}) for source in config.sources]
+    for source in settings["sources"]:
+        for name in ("metadata_fields", "split"):
+            if not source[name]:
+                del source[name]  # A corpus from before there was the setting stays the same.
     settings["files"] = [[(file.label, file.path.stat().st_size) for file in files] for files in inputs]
     model = config.tokenizer.model
     settings["tokenizer"]["model"] = _model_digest(model) if model else None
@@ -163,14 +173,20 @@ def _build(config: CorpusConfig, inputs: Inputs, key: str, report: Report) -> Ma
     state = _state_digest(inputs, key)
     records, continuing = _open_records(config.path, state)
     found = scan(config, inputs, report)
-    tokenizer = _finish_tokenizer(config, inputs, found, records, report)
+    tokenizer, sample_sha256 = _finish_tokenizer(config, inputs, found, records, report)
     names = tuple(source.name for source in found.sources)
     place = Workplace(config.path, records, sha256_of(config.path / TOKENIZER), config.shard_bytes, names)
     # A token of trained text is rarely shorter than two bytes; a residue is one token of one byte.
     per_byte = 1.0 if config.tokenizer.kind == "protein" else np.dtype(tokenizer.token_dtype).itemsize / 2
     groups = plan_groups(found, config, per_byte)
     results = _encode(config, inputs, found, groups, place, report, " (continuing)" if continuing else "")
-    manifest = _describe_build(config, found, tokenizer, place, results, key)
+    entry = TokenizerEntry(
+        sha256=place.tokenizer_sha256,
+        kind="existing" if config.tokenizer.model else config.tokenizer.kind,
+        vocab_size=tokenizer.vocab_size,
+        sample_sha256=sample_sha256,
+    )
+    manifest = _describe_build(config, found, entry, place, results, key)
     if _state_digest(inputs, key) != state:
         raise UserError(RAW_FILES_CHANGED)
     _remove_leftovers(config.path, manifest)
@@ -202,11 +218,15 @@ def _open_records(corpus: Path, state: str) -> tuple[Path, bool]:
     return records, any(records.iterdir())
 
 
-def _finish_tokenizer(config: CorpusConfig, inputs: Inputs, found: Scan, records: Path, report: Report) -> Tokenizer:
+def _finish_tokenizer(
+    config: CorpusConfig, inputs: Inputs, found: Scan, records: Path, report: Report
+) -> tuple[Tokenizer, str | None]:
+    """The tokenizer, and the sha256 of the texts that it was trained on, if there were any."""
     path, note = config.path / TOKENIZER, records / "tokenizer.json"
     if note.is_file() and path.is_file() and json.loads(note.read_text())["sha256"] == sha256_of(path):
         report("tokenizer (continuing)", 1, 1)
-        return Tokenizer(path)
+        return Tokenizer(path), json.loads(note.read_text()).get("sample_sha256")
+    sample = hashlib.sha256()
     if config.tokenizer.model:
         Tokenizer(config.tokenizer.model)
         with atomic_path(path) as temporary:
@@ -218,14 +238,21 @@ def _finish_tokenizer(config: CorpusConfig, inputs: Inputs, found: Scan, records
         total = sum(wanted.values())
         report("tokenizer", 0, total)
         numbered = enumerate(all_documents(config, inputs)) if wanted else ()
-        train_tokenizer(
-            (document.text[: wanted[number]] for number, document in numbered if number in wanted),
-            config.tokenizer,
-            path,
-        )
+        texts = (document.text[: wanted[number]] for number, document in numbered if number in wanted)
+        train_tokenizer(_hashed(texts, sample), config.tokenizer, path)
         report("tokenizer", total, total)
-    write_json(note, {"sha256": sha256_of(path)})
-    return Tokenizer(path)
+    untrained = config.tokenizer.model or config.tokenizer.kind == "protein"
+    sample_sha256 = None if untrained else sample.hexdigest()
+    write_json(note, {"sha256": sha256_of(path), "sample_sha256": sample_sha256})
+    return Tokenizer(path), sample_sha256
+
+
+def _hashed(texts: Iterable[str], into: "hashlib._Hash") -> Iterator[str]:
+    """The same texts; each is added to the digest, after its length, as it is taken."""
+    for text in texts:
+        content = text.encode()
+        into.update(len(content).to_bytes(8, "little") + content)
+        yield text
 
 
 def _encode(
@@ -267,7 +294,7 @@ def _finished_record(place: Workplace, group: Group) -> GroupRecord | None:
 def _describe_build(
     config: CorpusConfig,
     found: Scan,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerEntry,
     place: Workplace,
     results: dict[Group, GroupRecord],
     key: str,
@@ -291,102 +318,26 @@ def _describe_build(
     with atomic_path(place.corpus / TOKEN_COUNTS) as temporary, temporary.open("wb") as file:
         np.save(file, counts)
     return Manifest(
-        tokenizer=TokenizerEntry(
-            sha256=place.tokenizer_sha256,
-            kind="existing" if config.tokenizer.model else config.tokenizer.kind,
-            vocab_size=tokenizer.vocab_size,
-        ),
-        token_dtype=tokenizer.token_dtype,
+        tokenizer=tokenizer,
+        token_dtype=token_dtype(tokenizer.vocab_size),
         token_counts_sha256=sha256_of(place.corpus / TOKEN_COUNTS),
-        split_rule=SplitRule(valid=config.splits.valid, test=config.splits.test),
+        split_rule=_split_rule(config),
         sources=found.sources,
         splits=splits,
         build_key=key,
     )
 
 
+def _split_rule(config: CorpusConfig) -> SplitRule:
+    rule = SplitRule(valid=config.splits.valid, test=config.splits.test)
+    given = [f"{source_name(source)} to {source.split}" for source in config.sources if source.split]
+    return rule.model_copy(update={"hash": f"{rule.hash}; given: {', '.join(given)}"}) if given else rule
+
+
 def _remove_leftovers(corpus: Path, manifest: Manifest) -> None:
     """Delete shards that an earlier, unfinished build of other settings made."""
-    kept = _files_of(manifest)
+    kept = manifest.shard_files
     for split in SPLITS:
         for path in (corpus / split).glob("shard-*"):
             if _OWN_SHARD.fullmatch(path.name) and f"{split}/{path.name}" not in kept:
                 path.unlink()
-
-
-def _files_of(manifest: Manifest) -> set[str]:
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    return {path for shard in shards for path in (shard.path, shard.index_path)}
-
-
-# --------------------------------------------------------------------------------------------- a finished corpus
-
-
-def verify_corpus(path: Path, processes: int = 0) -> list[str]:
-    """Compare every byte of a corpus with its manifest.
-
-    Args:
-        path: the corpus folder.
-        processes: files read at the same time; 0 means one per core.
-
-    Returns:
-        What is wrong, one line each; empty if all is well.
-    """
-    try:
-        manifest = load_manifest(path)
-    except UserError as error:
-        return [str(error)]
-    problems = []
-    counts = path / TOKEN_COUNTS
-    if not counts.is_file():
-        problems.append(f"{counts} is missing")
-    elif sha256_of(counts) != manifest.token_counts_sha256:
-        problems.append(f"{counts} is damaged: its sha256 is not the manifest's")
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
-        problems += [problem for problem in pool.map(lambda shard: verify_shard(path, shard), shards) if problem]
-    kept = _files_of(manifest)
-    found = sorted(file for split in SPLITS for file in (path / split).glob("*") if file.is_file())
-    return problems + [f"{f} is not in the manifest" for f in found if f"{f.parent.name}/{f.name}" not in kept]
-
-
-@dataclass(frozen=True)
-class CorpusDescription:
-    """What `diptych data show` prints."""
-
-    path: Path
-    manifest: Manifest
-    """Sources, splits, length histograms, vocabulary size and fingerprint."""
-    characters_per_token: float
-    """Over all splits."""
-    unigram_entropy: float
-    """Of the training split's token frequencies, in nats: the loss of a model that knows nothing but these."""
-    examples: list[str]
-    """How a few training documents begin, decoded."""
-
-
-def describe_corpus(path: Path, examples: int = 3, characters: int = 200) -> CorpusDescription:
-    """Read a corpus's manifest, its token counts and the beginnings of some training documents.
-
-    Raises:
-        UserError: there is no finished corpus, or a file of it is damaged.
-    """
-    manifest = load_manifest(path)
-    if not (path / TOKEN_COUNTS).is_file():
-        raise UserError(f"{path / TOKEN_COUNTS} is missing; restore it, or build the corpus again")
-    counts = np.load(path / TOKEN_COUNTS, allow_pickle=False)
-    frequencies = counts[counts > 0] / counts.sum()
-    tokenizer = Tokenizer(path / TOKENIZER)
-    shown = []
-    for entry in manifest.splits["train"].shards[:examples]:
-        shard = Shard(path, entry, manifest.token_dtype)
-        ids = shard.tokens(0, 0, min(characters, int(shard.lengths[0])))
-        shown.append(tokenizer.decode(ids)[:characters])
-    splits = manifest.splits.values()
-    return CorpusDescription(
-        path=path,
-        manifest=manifest,
-        characters_per_token=sum(s.characters for s in splits) / max(1, sum(s.tokens for s in splits)),
-        unigram_entropy=float(-(frequencies * np.log(frequencies)).sum()),
-        examples=shown,
-    )

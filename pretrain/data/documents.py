@@ -1,8 +1,8 @@
 """What the readers of raw files share: a document, a file to read, a record that cannot be read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Format = Literal["text", "jsonl", "fasta", "parquet", "webdataset"]
 
@@ -16,6 +16,8 @@ class Document:
     text: str
     source: str
     """Name of the source."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The source's `metadata_fields`, plain JSON values."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class BadRecord:
     """File, place and defect, for the error."""
 
 
-Record = tuple[str, str] | BadRecord
-"""Id and text, or why there is none."""
+Record = tuple[str, str] | tuple[str, str, dict[str, Any]] | BadRecord
+"""Id, text and perhaps metadata, or why there is no text."""
 
 
 class DamagedFileError(Exception):

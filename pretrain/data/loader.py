@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
@@ -21,13 +21,13 @@ from pretrain.data.masking import MaskingRule, Rates, mask_in_place, rate_at
 from pretrain.data.packing import PackingRule
 from pretrain.data.rows import STRIP_POSITIONS, Rows
 from pretrain.data.shard_access import ShardAccess
-from pretrain.data.stream import RowSource, StreamReader, StreamState, Taken
+from pretrain.data.stream import ORDER, RowSource, StreamReader, StreamState, Taken
 from pretrain.data.tokenizer import PAD, Tokenizer
 from pretrain.errors import UserError
 
 _MASKS = {"train": 3, "valid": 4, "test": 5}
 """First part of the key of a row's mask (1 and 2 are the stream's permutations)."""
-_BLOCK_POSITIONS = 2**17
+_BLOCK_POSITIONS = 2**18
 """Of this rank, made at a time: enough that numpy's arrays are long, little enough that they stay near the core."""
 
 
@@ -88,8 +88,11 @@ def read_batch(
     return Batch(*map(torch.from_numpy, fields))
 
 
-class _TrainingSteps(IterableDataset[StepRows]):
-    """Steps one after another. Worker w of n makes the steps w, w + n, ... and only counts the rows between."""
+class _TrainingSteps(IterableDataset[StepRows | UserError]):
+    """Steps one after another. Worker w of n makes the steps w, w + n, ... and only counts the rows between.
+
+    An error that is an answer is the last thing that a worker gives: torch would raise it with a traceback in it.
+    """
 
     def __init__(
         self, config: RunConfig, source: RowSource, rule: MaskingRule, state: StreamState, rank: int, world_size: int
@@ -97,9 +100,14 @@ class _TrainingSteps(IterableDataset[StepRows]):
         self._config, self._source, self._rule, self._state = config, source, rule, state
         self._rank, self._world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[StepRows]:
+    def __iter__(self) -> Iterator[StepRows | UserError]:
         info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self._steps(*((info.id, info.num_workers) if info else (0, 1)))
+        except UserError as error:
+            yield error
+
+    def _steps(self, worker: int, num_workers: int) -> Iterator[StepRows]:
         reader = StreamReader(self._source, self._state, self._rank, self._world_size)
         training, length = self._config.training, self._config.data.sequence_length
         most = max(1, _BLOCK_POSITIONS * self._world_size // (training.batch_size * length))
@@ -110,18 +118,17 @@ class _TrainingSteps(IterableDataset[StepRows]):
     def _block(self, reader: StreamReader, steps: int, worker: int, num_workers: int) -> list[StepRows]:
         """The next steps of this worker, made together."""
         data, training = self._config.data, self._config.training
-        taken, states, rates = list[Taken](), list[StreamState](), list[float]()
-        for _ in range(steps):
-            for other in range(num_workers):
-                positions = reader.positions
-                part = reader.take(training.batch_size)
-                if other == worker:
-                    taken.append(part)
-                    states.append(reader.state)
-                    rates.append(rate_at(positions, training.tokens, data.mask_rate, data.final_mask_rate))
-        rows = len(taken[0].numbers)
+        step_positions = training.batch_size * data.sequence_length
+        taken, states = reader.take_steps(training.batch_size, steps * num_workers)
+        states = states[worker::num_workers]
+        rates = [
+            rate_at(state.positions - step_positions, training.tokens, data.mask_rate, data.final_mask_rate)
+            for state in states
+        ]
+        rows = len(taken.numbers) // (steps * num_workers)
+        taken = taken[np.arange(len(taken.numbers)) // rows % num_workers == worker]
         shape, of_rows = (rows * steps, data.sequence_length), np.repeat(rates, rows)
-        block = read_batch(reader, Taken.joined(taken), shape, self._rule, (self._config.seed, "train"), of_rows)
+        block = read_batch(reader, taken, shape, self._rule, (self._config.seed, "train"), of_rows)
         return [StepRows(*pair) for pair in zip(block.split(rows), states, strict=True)]
 
 
@@ -154,7 +161,7 @@ def _shared_memory() -> str:
     )
 
 
-def _explained(steps: Iterator[StepRows]) -> Iterator[StepRows]:
+def _explained(steps: Iterator[StepRows | UserError]) -> Iterator[StepRows | UserError]:
     """The same, with an answer to a worker that died."""
     try:
         yield from steps
@@ -174,9 +181,15 @@ def training_steps(
     They are those of the phase that `state` is in.
 
     Raises:
-        UserError: the corpus has fewer training shards than the run has streams, or no worker can be started.
+        UserError: the corpus has fewer training shards than the run has streams; `state` is of a version of Diptych
+            that makes another order, so that rows would be lost and repeated; or no worker can be started.
         RuntimeError: a worker ended.
     """
+    if state.order != ORDER:
+        raise UserError(
+            f"the run's rows are in order {state.order}, and this version of Diptych makes order {ORDER}; finish it "
+            "with the version that began it, or begin a new run"
+        )
     phase = state.rows.shape[1] - 1
     rules = [packing_rule(config.in_phase(number), manifest) for number in range(phase + 1)]
     config = config.in_phase(phase)
@@ -201,23 +214,50 @@ def training_steps(
         steps = iter(loader)  # the workers begin at once
     except OSError as error:
         raise UserError(f"loader workers cannot be started: {error}. {_shared_memory()}") from error
-    return _explained(steps)
+    return _in_one_order(_explained(steps), state)
+
+
+def _in_one_order(steps: Iterator[StepRows | UserError], state: StreamState) -> Iterator[StepRows]:
+    """The same steps, made sure that the workers went the same way.
+
+    Raises:
+        UserError: one passed over a damaged shard that another could read, so that their rows are not of one order; or
+            what a worker ended with.
+    """
+    for step in steps:
+        if isinstance(step, UserError):
+            raise step
+        if step.state.is_behind(state):
+            raise UserError(
+                "a shard was damaged for one loader worker and whole for another, so it was changed while the run read "
+                "it; see that nothing writes to the corpus, and run the same command again: it resumes"
+            )
+        state = step.state
+        yield step
 
 
 def validation_batches(
-    config: RunConfig, manifest: Manifest, rank: int, world_size: int, rows_per_batch: int
+    config: RunConfig,
+    manifest: Manifest,
+    rank: int,
+    world_size: int,
+    rows_per_batch: int,
+    on_any_rank: Callable[[bool], bool] = bool,
 ) -> Iterator[Batch]:
     """This rank's share of the first `training.validation_rows` rows of the validation split, always the same.
 
     Every rank gives equally many batches, so that they can be evaluated together under any sharding; where the rows
-    do not suffice, a row of padding stands in.
+    do not suffice, a row of padding stands in. All ranks open all shards, so what is damaged on one node only is left
+    out by all: `on_any_rank` says of a value of this rank whether it is true on any.
     """
     rule_of_rows = replace(packing_rule(config, manifest), source_weights=())
     source = RowSource(
         config.corpus.path, manifest, "valid", config.seed, [rule_of_rows], ShardAccess.of_run(config, manifest)
     )
     rule = masking_rule(config)
-    rows_in_epoch = sum(len(opened[1]) for v in range(source.num_shards) if (opened := source.try_open(v)))
+    sizes = [len(opened[1]) if (opened := source.try_open(v)) else None for v in range(source.num_shards)]
+    source.left_out = frozenset(v for v, size in enumerate(sizes) if on_any_rank(size is None))
+    rows_in_epoch = sum(size for v, size in enumerate(sizes) if size and v not in source.left_out)
     total = min(config.training.validation_rows, rows_in_epoch)
     reader = StreamReader(source, StreamState.start(1))
     share = -(-total // world_size)

@@ -74,10 +74,12 @@ class TokenizerEntry(_Entry):
     sha256: Digest
     kind: str
     vocab_size: int
+    sample_sha256: Digest | None = None
+    """Of the texts that it was trained on, each as its UTF-8 bytes after their number (8 bytes, little-endian)."""
 
 
 class SplitRule(_Entry):
-    """A document's split is a pure function of its text."""
+    """A document's split is a pure function of its text, or, where `hash` says so, of its source."""
 
     hash: str = "blake2b-64 of the normalised text"
     valid: float
@@ -100,9 +102,17 @@ class Manifest(_Entry):
     """Of the settings and the names and sizes of the raw files that the corpus was built from."""
     fingerprint: str = ""
 
+    @property
+    def shard_files(self) -> set[str]:
+        """Relative paths of all shards and indexes."""
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        return {path for shard in shards for path in (shard.path, shard.index_path)}
+
     def computed_fingerprint(self) -> str:
         """sha256 over everything else in the manifest, as canonical JSON."""
         content = self.model_dump(mode="json", exclude={"fingerprint"})
+        if self.tokenizer.sample_sha256 is None:
+            del content["tokenizer"]["sample_sha256"]  # A manifest from before there was one keeps its fingerprint.
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -113,23 +113,25 @@ def mask_in_place(ids: Ids, labels: Ids, row_keys: UInt64, rule: MaskingRule, ra
     """
     length = ids.shape[1]
     # One mixing gives 64 bits, enough for two positions.
-    random = more_bits(row_keys[:, None], 0, np.arange(-(-length // 2))).astype("<u8", copy=False).view("<u4")
+    pairs = more_bits(row_keys[:, None], 0, np.arange(-(-length // 2))).astype("<u8", copy=False)
+    random = pairs.view("<u4")
     of_rows = np.array([rule.rate] if rates is None else rates)[:, None]
     chosen = np.flatnonzero(_selected(ids, random[:, :length], rule, of_rows))
     flat_ids, flat_labels = ids.reshape(-1), labels.reshape(-1)
     originals = flat_ids[chosen]
     is_text = ~rule.is_special[originals]
     chosen, originals = chosen[is_text], originals[is_text]
-    rows = chosen // length
-    fate = more_bits(more_bits(row_keys, 1)[rows], chosen - rows * length)
-    share = fate & _LOW
-    random_from, random_to = np.cumsum(_of_32_bits([rule.mask_token_share, rule.random_token_share]))
-    becomes_random = np.flatnonzero((share >= random_from) & (share < random_to))
-    draws = (fate[becomes_random] >> np.uint64(32)) * np.uint64(len(rule.pieces)) >> np.uint64(32)
+    # What is chosen depends on the upper half of a position's bits, as good as alone; the lower half is its fate.
+    places = chosen if length % 2 == 0 else chosen + chosen // length
+    fate = random.reshape(-1)[places].astype(np.uint16)
+    random_from, random_to = np.rint(np.cumsum([rule.mask_token_share, rule.random_token_share]) * 2**16).astype(int)
+    becomes_random = np.flatnonzero((fate >= random_from) & (fate < random_to))
+    at = places[becomes_random]
+    draws = more_bits(pairs.reshape(-1)[at // 2], 1 + at % 2) >> np.uint64(32)
     flat_labels[:] = IGNORED
     flat_labels[chosen] = originals
-    originals[share < random_from] = MASK
-    originals[becomes_random] = rule.pieces[draws]
+    np.copyto(originals, MASK, where=fate < random_from)
+    originals[becomes_random] = rule.pieces[draws * np.uint64(len(rule.pieces)) >> np.uint64(32)]
     flat_ids[chosen] = originals
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.counter_random import bits, permutation, uniform
+from pretrain.data.counter_random import order_within, permutation, uniform
 
 Ints = npt.NDArray[np.int64]
 
@@ -139,12 +139,15 @@ def _best_fit(plan: RowPlan, sequence_length: int, *key: int) -> RowPlan:
     """Best-fit decreasing, decided for the histogram of lengths; which piece of a length goes where is random."""
     values, counts = np.unique(plan.lengths, return_counts=True)
     rows = list(_fill_rows(values[::-1].tolist(), counts[::-1].tolist(), sequence_length))
-    slots = np.concatenate([np.tile(np.array(row), count) for count, row in rows]) if rows else plan.lengths
-    pieces_per_row = np.repeat([len(row) for _, row in rows], [count for count, _ in rows]).astype(np.int64)
-    chosen = np.empty(len(slots), dtype=np.int64)
-    random = bits(*key, _WHICH_PIECE, np.arange(len(slots)))
-    chosen[np.argsort(slots, kind="stable")] = np.lexsort((random, plan.lengths))
+    repeats = np.array([count for count, _ in rows], dtype=np.int64)
+    sizes = np.array([len(row) for _, row in rows], dtype=np.int64)
+    lengths = np.array([length for _, row in rows for length in row], dtype=np.int64)
+    pieces_per_row = np.repeat(sizes, repeats)
     bounds = np.concatenate(([0], np.cumsum(pieces_per_row)))
+    kinds = np.repeat(np.cumsum(sizes) - sizes, repeats) - bounds[:-1]
+    slots = lengths[np.repeat(kinds, pieces_per_row) + np.arange(bounds[-1])]
+    chosen = np.empty(len(slots), dtype=np.int64)
+    chosen[np.argsort(slots, kind="stable")] = order_within(plan.lengths, *key, _WHICH_PIECE)
     return RowPlan(plan.samples[chosen], plan.starts[chosen], plan.lengths[chosen], bounds)
 
 
@@ -190,7 +193,6 @@ def _in_random_order(plan: RowPlan, *key: int) -> RowPlan:
     new_place = np.empty(len(plan), dtype=np.int64)
     order = permutation(len(plan), *key, _ROW_ORDER)
     new_place[order] = np.arange(len(plan))
-    random = bits(*key, _ORDER_IN_ROW, np.arange(len(plan.samples)))
-    pieces = np.lexsort((random, np.repeat(new_place, sizes)))
+    pieces = order_within(np.repeat(new_place, sizes), *key, _ORDER_IN_ROW)
     bounds = np.concatenate(([0], np.cumsum(sizes[order])))
     return RowPlan(plan.samples[pieces], plan.starts[pieces], plan.lengths[pieces], bounds)

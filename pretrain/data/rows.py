@@ -80,20 +80,25 @@ def read_rows(parts: Sequence[tuple[Visit, Ints, Ints]], rows: Rows) -> None:
     ends[places] = per_row
     ends = np.concatenate(([0], np.cumsum(ends)))
     strip = max(1, STRIP_POSITIONS // length)
+    columns = np.arange(strip * length)
     for first in range(0, len(places), strip):
         part = slice(first, first + strip)
         sizes, numbers, _, flags = segments[:, ends[first] : ends[min(first + strip, len(places))]]
+        ids, document_ids, position_ids = (
+            field[part].reshape(-1) for field in (rows.ids, rows.document_ids, rows.position_ids)
+        )
         stops = np.cumsum(sizes)
-        document_ids = np.repeat(numbers, sizes)
-        position_ids = np.arange(len(document_ids))
-        position_ids -= np.repeat(stops - sizes, sizes)
-        ids = rows.ids[part].reshape(-1)
-        ids[(stops - sizes)[flags & _BEGINS > 0]] = BOS
+        begins = stops - sizes
+        document_ids[:] = np.repeat(numbers, sizes)
+        np.subtract(columns[: len(ids)], np.repeat(begins, sizes), out=position_ids)
+        ids[begins[flags & _BEGINS > 0]] = BOS
         ids[stops[flags & _ENDS > 0] - 1] = EOS
-        padding = np.flatnonzero(document_ids == 0)
+        is_padding = numbers == 0
+        lengths = sizes[is_padding]
+        before = np.cumsum(lengths) - lengths
+        padding = np.repeat(begins[is_padding] - before, lengths)
+        padding += columns[: len(padding)]
         ids[padding], position_ids[padding] = PAD, 0
-        rows.document_ids[part] = document_ids.reshape(-1, length)
-        rows.position_ids[part] = position_ids.reshape(-1, length)
 
 
 def _segments(parts: Sequence[tuple[Visit, Ints, Ints]], length: int) -> tuple[Ints, Ints]:

@@ -123,7 +123,8 @@ def build_group(place: Workplace, group: Group, documents: Sequence[Document]) -
     encoded = [
         EncodedDocument(
             tokenizer.encode(document.text),
-            {"id": document.id, "source": document.source, "characters": len(document.text)},
+            {"id": document.id, "source": document.source, "characters": len(document.text)}
+            | ({"metadata": document.metadata} if document.metadata else {}),
         )
         for document in documents
     ]
@@ -210,7 +211,8 @@ def build_groups(
     except BrokenProcessPool as error:
         raise UserError(
             "a process that encodes was killed, perhaps for want of memory; what is finished is kept: run the same "
-            "command again and it continues, with fewer corpus.processes or smaller corpus.shard_bytes if need be"
+            "command again and it continues, with fewer corpus.processes or smaller corpus.shard_bytes if need be. "
+            '(In a script of your own, put the call under `if __name__ == "__main__":`)'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -12,7 +12,7 @@ each phase of the run so far.
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _SHARDS, _ROWS, _WEIGHTS = 1, 2, 10
 """First part of a key, so that choices of these kinds are independent (others have the numbers between)."""
 
 
+ORDER = 2
+"""Which order of rows and masks this code makes; to be raised with whatever changes it."""
 PER_STREAM = ("visits", "rows", "lost")
 """The fields of `StreamState` that hold a number per stream."""
 
@@ -53,6 +55,8 @@ class StreamState:
     """int64 [S, P]: rows already taken in that visit in each phase of the run so far; the last is the one at hand."""
     lost: npt.NDArray[np.int64]
     """int64 [S]: samples passed over so far because their shard was damaged."""
+    order: int = ORDER
+    """The order that the rows were taken in."""
 
     @classmethod
     def start(cls, streams: int) -> "StreamState":
@@ -65,17 +69,24 @@ class StreamState:
         streams, phases = self.rows.shape
         assert phases <= phase + 1, "a run does not go back to an earlier phase"
         new = np.zeros((streams, phase + 1 - phases), dtype=np.int64)
-        return StreamState(self.position, self.positions, self.visits, np.hstack((self.rows, new)), self.lost)
+        return replace(self, rows=np.hstack((self.rows, new)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        numbers = {"position": self.position, "positions": self.positions}
+        numbers = {"order": self.order, "position": self.position, "positions": self.positions}
         return {**numbers, **{name: getattr(self, name).tolist() for name in PER_STREAM}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StreamState":
         """The inverse of `to_json`."""
-        return cls(value["position"], value["positions"], *(np.array(value[name], np.int64) for name in PER_STREAM))
+        visits, rows, lost = (np.array(value[name], np.int64) for name in PER_STREAM)
+        return cls(value["position"], value["positions"], visits, rows, lost, value.get("order", 1))
+
+    def is_behind(self, earlier: "StreamState") -> bool:
+        """Whether this cannot follow `earlier`: a stream went back, or lost samples and still is in that visit."""
+        visits, rows = self.visits - earlier.visits, self.rows[:, -1] - earlier.rows[:, -1]
+        lost = self.lost - earlier.lost
+        return bool(((visits < 0) | (lost < 0) | (visits == 0) & ((rows < 0) | (lost > 0))).any())
 
     def of_streams(self, streams: Iterable[int]) -> dict[int, list[Any]]:
         """The numbers of some streams, by stream."""
@@ -88,7 +99,7 @@ class StreamState:
             for stream, numbers in part.items():
                 for name, number in zip(PER_STREAM, numbers, strict=True):
                     fields[name][stream] = number
-        return StreamState(self.position, self.positions, **fields)
+        return replace(self, **fields)
 
 
 class RowSource:
@@ -113,6 +124,8 @@ class RowSource:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
         self._orders: dict[int, Ints] = {}
         """Of the epochs in which the streams are, by number."""
+        self.left_out: frozenset[int] = frozenset()
+        """Visits by number whose shard is damaged somewhere else, and so has no rows here either."""
 
     @property
     def num_shards(self) -> int:
@@ -148,6 +161,8 @@ class RowSource:
 
     def try_open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan] | None:
         """The same; None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
+        if dealt in self.left_out:
+            return None
         try:
             return self.open(dealt, rows)
         except DamagedShardError as error:
@@ -206,11 +221,6 @@ class Taken:
     rows: Ints
     """Numbers of the rows in their visits."""
 
-    @classmethod
-    def joined(cls, parts: Sequence["Taken"]) -> "Taken":
-        """One after another."""
-        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
-
     def __getitem__(self, chosen: npt.NDArray[np.bool_]) -> "Taken":
         """Some of them."""
         return Taken(self.numbers[chosen], self.visits[chosen], self.rows[chosen])
@@ -225,81 +235,95 @@ class StreamReader:
 
     def __init__(self, source: RowSource, state: StreamState, rank: int = 0, world_size: int = 1) -> None:
         assert len(state.visits) % world_size == 0, "the config check lets only divisors of the streams through"
+        self.state = state
+        """After the last row that was taken. Entries of other ranks' streams are theirs to report."""
         self._source, self._rank, self._world_size = source, rank, world_size
         self._streams = len(state.visits)
-        self._position, self._positions = state.position, state.positions
-        self._visits, self._rows, self._lost = state.visits.copy(), state.rows.copy(), state.lost.copy()
         self._sizes = np.zeros(self._streams, dtype=np.int64)
         """Rows of the visit at hand; 0 where it is not open yet."""
         self._open: dict[int, Visit] = {}
         """By number: the visits at hand, and those of which rows were taken since the last `read`."""
 
-    @property
-    def state(self) -> StreamState:
-        """After the last row that was taken. Entries of other ranks' streams are theirs to report."""
-        return StreamState(self._position, self._positions, self._visits.copy(), self._rows.copy(), self._lost.copy())
-
-    @property
-    def positions(self) -> int:
-        """Of all rows that were taken, padding included."""
-        return self._positions
-
     def take(self, count: int) -> Taken:
         """Move on by `count` global rows; gives those of this rank."""
-        first, self._position = self._position, self._position + count
-        self._positions += count * self._source.sequence_length
-        numbers = np.arange(first + (self._rank - first) % self._world_size, first + count, self._world_size)
-        streams = numbers % self._streams
-        rows = self._rows[streams, -1] + (numbers - first) // self._streams
-        visits = self._visits[streams] * self._streams + streams
-        ended = rows >= self._sizes[streams]
-        if ended.any():
-            for place in np.flatnonzero(np.isin(streams, streams[ended])).tolist():
-                visits[place], rows[place] = self._take_one(int(streams[place]))
-        self._rows[streams, -1] = rows + 1  # of a stream that has several rows here, the last is written last
-        return Taken(numbers, visits, rows)
+        return self.take_steps(count, 1)[0]
 
-    def read(self, taken: Taken, rows: Rows) -> None:
-        """Fill `rows` with rows that were taken since the last `read`, in their order."""
-        order = np.lexsort((taken.rows, taken.visits))
-        visits, numbers = taken.visits[order], taken.rows[order]
-        bounds = [0, *(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]
-        parts = [(self._open[int(visits[a])], numbers[a:b], order[a:b]) for a, b in pairwise(bounds)]
-        read_rows(parts, rows)
-        at_hand = set((self._visits * self._streams + np.arange(self._streams)).tolist())
-        self._open = {number: visit for number, visit in self._open.items() if number in at_hand}
+    def take_steps(self, count: int, steps: int) -> tuple[Taken, list[StreamState]]:
+        """Move on by `steps` times `count` global rows; gives those of this rank, and the state after each step."""
+        first, own = self.state.position, np.arange(self._rank, self._streams, self._world_size)
+        ends = first + count * np.arange(1, steps + 1)
+        # Row n of stream s is global row s + n S, so the stream has (g - s - 1) // S + 1 rows below g.
+        before = (first - own - 1) // self._streams + 1
+        depths = (ends[:, None] - own - 1) // self._streams + 1 - before
+        table = self._deal(own, depths[-1])
+        numbers = np.arange(first + (self._rank - first) % self._world_size, ends[-1], self._world_size)
+        at = numbers % self._streams // self._world_size
+        visits, rows, _ = table[:, at, numbers // self._streams - before[at] + 1]
+        states = self._states(own, table[:, np.arange(len(own)), depths], count)
+        self.state = states[-1]
+        return Taken(numbers, visits * self._streams + own[at], rows - 1), states
 
-    def _take_one(self, stream: int) -> tuple[int, int]:
-        """Visit and number of a stream's next row.
+    def _states(self, own: Ints, after: Ints, count: int) -> list[StreamState]:
+        """The state after each step of `count` rows, of where the own streams stand then: int64 [3, steps, own]."""
+        old, steps = self.state, after.shape[1]
+        visits, rows, lost = (np.repeat(part[None], steps, axis=0) for part in (old.visits, old.rows, old.lost))
+        visits[:, own], rows[:, own, -1], lost[:, own] = after
+        rows[visits != old.visits, :-1] = 0  # Rows of earlier phases are of the visit that was begun in them.
+        length = self._source.sequence_length
+        return [
+            StreamState(old.position + n * count, old.positions + n * count * length, *of_step)
+            for n, of_step in enumerate(zip(visits, rows, lost, strict=True), start=1)
+        ]
+
+    def _deal(self, own: Ints, wanted: Ints) -> Ints:
+        """Where streams stand after n = 0, 1, ... `wanted` of their next rows, int64 [3, own, n]: visit, row, lost."""
+        state = self.state
+        table = np.empty((3, len(own), wanted.max() + 1), dtype=np.int64)
+        table[0], table[2] = state.visits[own, None], state.lost[own, None]
+        table[1] = state.rows[own, -1, None] + np.arange(table.shape[2])
+        ends_first = (table[1, :, 0] + wanted > self._sizes[own]) & (wanted > 0)
+        for place in np.flatnonzero(ends_first).tolist():
+            self._deal_across_visits(int(own[place]), table[:, place, : wanted[place] + 1])
+        return table
+
+    def _deal_across_visits(self, stream: int, table: Ints) -> None:
+        """The same for one stream, int64 [3, n], where the visit at hand is not open or ends before the last row.
 
         A damaged shard has no rows, on every rank and worker that opens it, now or after a resume: so its stream goes
         on with the next, and no rank waits for another.
         """
-        visits_left = 2 * self._source.num_shards
-        while (visit := self._at_hand(stream)) is None or self._rows[stream, -1] >= visit.num_rows:
-            number, rows = self._number(stream), self._rows[stream].tolist()
-            self._lost[stream] += self._source.samples_after(number, rows) if visit is None else 0
-            visits_left -= 1
-            if not visits_left:
+        number, lost = int(table[0, 0]), int(table[2, 0])
+        rows, done, wanted, without = self.state.rows[stream].tolist(), 0, table.shape[1] - 1, 0
+        while done < wanted:
+            visit = self._visit(number * self._streams + stream, rows)
+            if visit is not None and rows[-1] < visit.num_rows:
+                self._sizes[stream] = visit.num_rows
+                last = min(wanted, done + visit.num_rows - rows[-1])
+                table[:, done + 1 : last + 1] = [[number], [0], [lost]]
+                table[1, done + 1 : last + 1] = np.arange(rows[-1], rows[-1] + last - done) + 1
+                rows[-1], done, without = rows[-1] + last - done, last, 0
+                continue
+            lost += self._source.samples_after(number * self._streams + stream, rows) if visit is None else 0
+            number, rows, without = number + 1, [0] * len(rows), without + 1
+            if without == 2 * self._source.num_shards:
                 raise UserError("none of the shards that are left has a row to give; run `diptych data verify`")
-            self._visits[stream] += 1
-            self._rows[stream] = 0
-        self._sizes[stream] = visit.num_rows
-        row = int(self._rows[stream, -1])
-        self._rows[stream, -1] += 1
-        return self._number(stream), row
 
-    def _at_hand(self, stream: int) -> Visit | None:
-        """The visit at hand; None if its shard is damaged."""
-        number = self._number(stream)
+    def _visit(self, number: int, rows: Sequence[int]) -> Visit | None:
+        """A visit by its number over all streams, of which some rows were taken; None if its shard is damaged."""
         if number not in self._open:
-            opened = self._source.try_open(number, self._rows[stream].tolist())
+            opened = self._source.try_open(number, rows)
             if opened is None:
                 return None
             self._source.fetch_ahead(number + self._streams)
             self._open[number] = Visit(*opened)
         return self._open[number]
 
-    def _number(self, stream: int) -> int:
-        """Of the visit at hand, over all streams."""
-        return int(self._visits[stream]) * self._streams + stream
+    def read(self, taken: Taken, rows: Rows) -> None:
+        """Fill `rows` with rows that were taken since the last `read`, in their order."""
+        order = np.argsort(taken.visits, kind="stable")  # Rows of one visit were taken in their order.
+        visits, numbers = taken.visits[order], taken.rows[order]
+        bounds = [0, *(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]
+        parts = [(self._open[int(visits[a])], numbers[a:b], order[a:b]) for a, b in pairwise(bounds)]
+        read_rows(parts, rows)
+        at_hand = set((self.state.visits * self._streams + np.arange(self._streams)).tolist())
+        self._open = {number: visit for number, visit in self._open.items() if number in at_hand}

@@ -321,7 +321,8 @@ class Trainer:
         micro_batch_size = self.config.training.micro_batch_size
         cut_off = False
         self._note("validating", patient=True)
-        for batch in validation_batches(self.config, self.manifest, self.rank, self.world_size, micro_batch_size):
+        shape = self.rank, self.world_size, micro_batch_size
+        for batch in validation_batches(self.config, self.manifest, *shape, on_any_rank=any_rank):
             cut_off = any_rank(self.stop_request.requested)
             if cut_off:
                 break

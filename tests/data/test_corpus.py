@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pretrain.config import CorpusConfig, SplitsConfig, load_config
 from pretrain.data import shard_builder
 from pretrain.data.build_plan import Scan, cut_evenly, sampled_characters, split_of, text_hash
-from pretrain.data.corpus import build_corpus, describe_corpus, verify_corpus
+from pretrain.data.corpus import build_corpus
+from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.manifest import load_manifest
 from pretrain.data.readers import find_inputs, read_documents
 from pretrain.data.shards import Shard
@@ -541,6 +542,38 @@ def test_a_full_disk_is_explained_and_what_is_finished_is_kept(raw, corpus, tmp_
     monkeypatch.undo()
     build_corpus(config)
     assert bytes_of(config.path) == bytes_of(corpus)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(raw, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file", tmp_path / "file/inside"):
+        with pytest.raises(UserError, match=f"{path} cannot be written to .*name a folder that can be made"):
+            build_corpus(config_for(raw, path))
+    assert (tmp_path / "file").read_text() == "precious"
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "there")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="cannot be written to .Read-only file system: there"):
+        build_corpus(config_for(raw, tmp_path / "c"))
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_to_have_one(raw, tmp_path):
+    config = config_for(raw, tmp_path / "c", processes=2).model_dump_json()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pretrain.config import CorpusConfig\nfrom pretrain.data.corpus import build_corpus\n"
+        f"build_corpus(CorpusConfig.model_validate_json({config!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert 'put the call under `if __name__ == "__main__":`, or set corpus.processes=1' in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].endswith('put the call under `if __name__ == "__main__":`)')
 
 
 # ----------------------------------------------------------------------------------------------------- real data

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from pretrain.data import verified
-from pretrain.data.loader import training_steps
+from pretrain.data.joining import merge_corpora
+from pretrain.data.loader import training_steps, validation_batches
 from pretrain.data.manifest import ShardEntry, load_manifest
 from pretrain.data.packing import PackingRule
 from pretrain.data.shards import Shard, index_shard
@@ -23,6 +25,7 @@ from pretrain.data.verified import VerifiedShards
 from pretrain.errors import UserError
 from pretrain.training.metrics import read_metrics
 from pretrain.training.run_folder import open_run_folder
+from pretrain.training.step import any_rank
 from pretrain.training.trainer import Trainer
 from tests.data.test_stream import first_steps, merged, rows_of
 from tests.ranks import run_on_ranks
@@ -102,6 +105,15 @@ def test_every_kind_of_damage_stops_the_run_with_the_shards_name_or_is_skipped_a
     assert Path(entry.path).name in caplog.text
 
 
+def test_a_worker_that_meets_a_damaged_shard_ends_the_run_with_the_answer_and_no_traceback(make_config, copy):
+    manifest = load_manifest(copy)
+    damage(copy / manifest.splits["train"].shards[3].path, "missing")
+    with pytest.raises(UserError) as caught:
+        next(training_steps(config_of(make_config, copy, data={"workers": 1}), manifest, StreamState.start(16), 0, 1))
+    assert str(caught.value).startswith(str(copy))
+    assert "Traceback" not in str(caught.value)
+
+
 def test_skipping_keeps_one_order_and_one_count_on_any_ranks_workers_and_resumes(make_config, copy):
     manifest = load_manifest(copy)
     shards = manifest.splits["train"].shards
@@ -148,6 +160,66 @@ def test_when_every_shard_is_damaged_the_run_ends_instead_of_looking_for_ever(ma
     config = config_of(make_config, copy, data={"on_corrupt": "skip"})
     with pytest.raises(UserError, match="none of the shards that are left has a row"):
         next(training_steps(config, manifest, StreamState.start(16), 0, 1))
+
+
+@pytest.mark.slow
+def test_a_validation_shard_that_is_damaged_on_one_node_is_left_out_on_all(make_config, copy, corpus_values, tmp_path):
+    whole, entry = Path(corpus_values["path"]), load_manifest(copy).splits["valid"].shards[0]
+    more = tmp_path / "more"
+    merge_corpora(more, [whole, whole])
+    manifest = load_manifest(more)
+    shutil.copytree(more, tmp_path / "other node")
+    damage(tmp_path / "other node" / manifest.splits["valid"].shards[-1].path, "flip in a payload")
+    settings = {"data": {"on_corrupt": "skip"}, "training": {"validation_rows": 10_000}}
+    configs = [config_of(make_config, folder, **settings) for folder in (more, tmp_path / "other node")]
+    batches = run_on_ranks(validation_rows, 2, tmp_path / "ranks", configs, manifest)
+    alone = list(validation_batches(config_of(make_config, whole, **settings), load_manifest(whole), 0, 1, 8))
+    assert entry.samples > 10
+    assert len(batches[0]) == len(batches[1]) > 2
+    assert sum(map(rows_in, batches[0] + batches[1])) == sum(map(rows_in, alone))
+
+
+def rows_in(batch):
+    return int((batch.document_ids[:, 0] > 0).sum())
+
+
+def validation_rows(rank, configs, manifest):
+    return list(validation_batches(configs[rank], manifest, rank, 2, 8, on_any_rank=any_rank))
+
+
+def test_workers_that_disagree_about_a_shard_end_the_run(make_config, copy, monkeypatch):
+    """One worker finds a shard damaged that the other has read: the file was changed in between."""
+    manifest = load_manifest(copy)
+    open_shard = RowSource.try_open
+
+    def damaged_for_worker_0(source, dealt, rows=()):
+        info = get_worker_info()
+        return None if info and info.id == 0 and dealt == 3 else open_shard(source, dealt, rows)
+
+    monkeypatch.setattr(RowSource, "try_open", damaged_for_worker_0)
+    config = config_of(make_config, copy, data={"on_corrupt": "skip", "workers": 2})
+    with pytest.raises(UserError, match="damaged for one loader worker and whole for another.*it resumes"):
+        list(islice(training_steps(config, manifest, StreamState.start(16), 0, 1), 4))
+
+
+def test_a_shard_that_is_whole_again_after_a_resume_is_read_from_its_next_visit(make_config, copy):
+    manifest = load_manifest(copy)
+    path = copy / manifest.splits["train"].shards[3].path
+    content = path.read_bytes()
+    damage(path, "flip in a payload")
+    config = config_of(make_config, copy, data={"on_corrupt": "skip"})
+    state = first_steps(config, manifest, 5)[0][-1].state
+    path.write_bytes(content)
+    rest = first_steps(config, manifest, 60, 2, [state] * 2)
+    whole = first_steps(
+        config_of(make_config, copy, data={"on_corrupt": "skip", "workers": 3}), manifest, 60, 1, [state]
+    )
+    assert rows_of(rest) == rows_of(whole)
+    assert (
+        merged([rank[-1].state for rank in rest]).lost.sum()
+        == state.lost.sum()
+        == manifest.splits["train"].shards[3].samples
+    )
 
 
 class Never:

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from pretrain.data.corpus import build_corpus, describe_corpus, verify_corpus
+from pretrain.data.corpus import build_corpus
+from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.joining import index_shards, merge_corpora
 from pretrain.data.loader import training_steps
 from pretrain.data.manifest import load_manifest

@@ -11,8 +11,9 @@ import pytest
 import zstandard
 
 from pretrain.config import CorpusConfig, FilterConfig, SourceConfig
-from pretrain.data.corpus import build_corpus, verify_corpus
+from pretrain.data.corpus import build_corpus
 from pretrain.data.filters import reason_to_remove, share_of_letters, share_of_repeated_lines
+from pretrain.data.inspection import verify_corpus
 from pretrain.data.readers import find_inputs, read_documents
 from pretrain.errors import UserError
 from tests.conftest import generated_text

@@ -2,15 +2,20 @@
 
 import shutil
 from collections import Counter
+from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pretrain.config import CorpusConfig
+from pretrain.data.corpus import build_corpus
 from pretrain.data.counter_random import bits, permutation, uniform
 from pretrain.data.loader import StepRows, training_steps, validation_batches
 from pretrain.data.manifest import load_manifest
-from pretrain.data.packing import PackingRule
+from pretrain.data.masking import MaskingRule, mask_rows
+from pretrain.data.packing import PackingRule, plan_rows, whole_documents
 from pretrain.data.rows import Rows, Visit, read_rows
 from pretrain.data.stream import RowSource, StreamReader, StreamState
 from pretrain.data.tokenizer import BOS, EOS, PAD
@@ -50,21 +55,42 @@ def merged(states: list[StreamState]) -> StreamState:
     return StreamState.from_json(states[0].merged(parts).to_json())
 
 
-@pytest.mark.parametrize(
-    "packing",
-    [pytest.param("padded", marks=pytest.mark.slow), "packed", pytest.param("concatenated", marks=pytest.mark.slow)],
-)
-def test_order_is_the_same_on_any_number_of_ranks_and_workers_across_an_epochs_end(make_config, manifest, packing):
-    config = make_config(data={"packing": packing})
-    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32, packing)])
+def test_order_is_the_same_on_any_number_of_ranks_across_an_epochs_end(make_config, manifest):
+    config = make_config(data={"packing": "packed"})
+    source = RowSource(config.corpus.path, manifest, "train", config.seed, [PackingRule(32, "packed")])
     epoch = sum(len(source.open(visit)[1]) for visit in range(source.num_shards))
     steps = epoch * 5 // 4 // 16
     expected = rows_of(first_steps(config, manifest, steps))
     assert len(set(expected)) > 0.95 * epoch
+    for world_size in (2, 4):
+        assert rows_of(first_steps(config, manifest, steps, world_size)) == expected, world_size
+
+
+@pytest.fixture(scope="session")
+def two_sources(corpus_values, tmp_path_factory):
+    """The `corpus` section of a corpus of two sources, built already."""
+    raw, folder = corpus_values["sources"][0]["path"], tmp_path_factory.mktemp("two")
+    sources = [{"path": f"{raw}/00*.txt", "name": "few"}, {"path": f"{raw}/[12]*.txt", "name": "many"}]
+    values = {**corpus_values, "path": str(folder / "corpus"), "sources": sources}
+    build_corpus(CorpusConfig.model_validate(values))
+    return values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["padded", "packed", "concatenated"])
+def test_ten_thousand_rows_of_weighted_sources_are_the_same_on_any_ranks_and_workers(make_config, two_sources, packing):
+    data = {"packing": packing, "source_weights": {"few": 2.5, "many": 0.6}}
+    manifest = load_manifest(Path(two_sources["path"]))
+    training = {"batch_size": 80, "micro_batch_size": 4}
+    hashes = {}
     for world_size in (1, 2, 4):
         for workers in (0, 1, 4):
-            other = make_config(data={"workers": workers, "packing": packing})
-            assert rows_of(first_steps(other, manifest, steps, world_size)) == expected, (world_size, workers)
+            config = make_config(corpus=two_sources, data={**data, "workers": workers}, training=training)
+            steps = first_steps(config, manifest, 10_000 // 80, world_size)
+            hashes[world_size, workers] = sha256(b"".join(rows_of(steps))).hexdigest()
+    assert merged([rank[-1].state for rank in steps]).visits.min() >= 1, "it goes beyond an epoch's end"
+    assert len(hashes) == 9
+    assert set(hashes.values()) == {hashes[1, 0]}, hashes
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed"])
@@ -165,6 +191,21 @@ def test_a_damaged_shard_is_named_before_anything_of_it_is_read(manifest, tmp_pa
     source = RowSource(copy, load_manifest(copy), "train", 7, [PackingRule(32)])
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         [source.open(visit) for visit in range(source.num_shards)]
+
+
+def test_the_order_of_an_earlier_version_is_refused_and_this_ones_is_fixed(make_config, manifest):
+    state = first_steps(make_config(), manifest, 1)[0][0].state
+    assert StreamState.from_json(state.to_json()).to_json() == state.to_json()
+    earlier = {name: value for name, value in state.to_json().items() if name != "order"}
+    for old in (StreamState.from_json(earlier), StreamState.from_json(earlier).in_phase(1)):
+        with pytest.raises(UserError, match="rows are in order 1, and this version of Diptych makes order 2"):
+            training_steps(make_config(), manifest, old, 0, 1)
+    # If these change, rows or masks do: raise ORDER.
+    plan = plan_rows(whole_documents(np.arange(40) * 7), PackingRule(64, "packed"), 5)
+    assert sha256(np.concatenate(list(vars(plan).values())).tobytes()).hexdigest()[:12] == "e46afd8e1e9b"
+    rule = MaskingRule(0.2, 0.8, 0.1, np.arange(100) < 5)
+    masked = mask_rows(np.arange(990).reshape(10, 99) % 100, bits(3, np.arange(10)), rule)
+    assert sha256(np.concatenate(masked).tobytes()).hexdigest()[:12] == "edbbb65fec85"
 
 
 def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
