@@ -1,6 +1,7 @@
 """Nodes and ranks that are lost, stuck or cut off."""
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -36,11 +37,13 @@ def test_ranks_that_linger_after_a_failure_end_within_seconds_and_the_run_can_be
     ranks = slurm.rank_processes("stuck")
     assert len(ranks) == 2
     stopped, killed = ranks.values()
-    kill(stopped, signal.SIGSTOP)
+    # Slurm wakes what is stopped before it ends it; a rank that hangs in a collective hears nothing even then.
+    hang = subprocess.Popen(["bash", "-c", f"while kill -STOP {stopped}; do sleep 0.002; done 2>/dev/null"])
     kill(killed, signal.SIGKILL)
     began = time.monotonic()
     slurm.wait(lambda: slurm.starts("stuck")[0].exit_code is not None, "end of the job")
     assert time.monotonic() - began < 20, "KillWait is 30 s"
+    hang.wait(timeout=10)
     assert not slurm.rank_processes("stuck")
     assert "exit code 137; back into the queue" in str(slurm.starts("stuck")[0].why)
 
