@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import CorpusConfig
-from pretrain.data.corpus import verify_corpus
+from pretrain.data.inspection import verify_corpus
 from pretrain.data.manifest import SPLITS, Manifest, load_manifest
 from pretrain.data.parts import build_part, join_parts, part_path
 from pretrain.data.shards import Shard
