@@ -253,8 +253,8 @@ def test_the_tokenizer_sample_is_as_large_as_asked_and_of_training_documents_by_
 # ------------------------------------------------------------------------------------- the same bytes, come what may
 
 
-def test_one_and_three_processes_and_another_folder_make_the_same_bytes(raw, corpus, tmp_path):
-    build_corpus(config_for(raw, tmp_path / "elsewhere", processes=3))
+def test_one_and_four_processes_and_another_folder_make_the_same_bytes(raw, corpus, tmp_path):
+    build_corpus(config_for(raw, tmp_path / "elsewhere", processes=4))
     assert bytes_of(tmp_path / "elsewhere") == bytes_of(corpus)
 
 
