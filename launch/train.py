@@ -38,8 +38,8 @@ def build(corpus: CorpusConfig, console: Console, part: int | None = None, parts
 
     with StageProgress(console) as progress:
         if parts is None:
-            return build_corpus(corpus, progress.report)
-        return join_parts(corpus, parts) if part is None else build_part(corpus, part, parts, progress.report)
+            return build_corpus(corpus, progress.report_text)
+        return join_parts(corpus, parts) if part is None else build_part(corpus, part, parts, progress.report_text)
 
 
 def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:

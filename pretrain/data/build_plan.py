@@ -20,8 +20,8 @@ from pretrain.data.manifest import SPLITS, SourceEntry, Split
 from pretrain.data.readers import Document, InputFile, read_documents, source_name
 from pretrain.errors import UserError
 
-Report = Callable[[str, int, int], None]
-"""Called with a stage, the characters done and the characters in all (0 while that is not known)."""
+Report = Callable[[str, int, int, int], None]
+"""Called with a stage, the bytes of text done, those in all (0 while that is not known), and the documents done."""
 
 REMOVED = 255
 """Stands for a split where a filter left the document out."""
@@ -42,9 +42,15 @@ class Scan:
     sources: list[SourceEntry]
 
     @property
-    def total_characters(self) -> int:
+    def bytes_per_character(self) -> float:
+        """Of what is kept, in UTF-8."""
+        kept = self.splits != REMOVED
+        return float(self.utf8_bytes[kept].sum() / max(1, self.characters[kept].sum()))
+
+    @property
+    def total_bytes(self) -> int:
         """Over all splits."""
-        return int(self.characters[self.splits != REMOVED].sum())
+        return int(self.utf8_bytes[self.splits != REMOVED].sum())
 
     def count(self, split: Split) -> int:
         """Documents in a split."""
@@ -118,10 +124,10 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
             hashes.append(digest)
             characters.append(len(document.text))
             utf8_bytes.append(len(document.text.encode()))
-            done += len(document.text)
+            done += utf8_bytes[-1]
             if done - reported >= _REPORT_EVERY:
                 reported = done
-                report("reading", done, 0)
+                report("reading", done, 0, len(splits))
         sources.append(
             SourceEntry(
                 name=source_name(source),
@@ -131,7 +137,7 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
                 skipped=dict(sorted(skipped.items())),
             )
         )
-    report("reading", done, done)
+    report("reading", done, done, len(splits))
     result = Scan(
         splits=np.frombuffer(bytes(splits), np.uint8),
         hashes=np.array(hashes),

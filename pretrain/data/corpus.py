@@ -62,7 +62,7 @@ _OWN_SHARD = re.compile(r"shard-\d{6}(-\d+)?(\.tar|\.index\.npy)")
 Inputs = Sequence[Sequence[InputFile]]
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int, documents: int) -> None:
     """Report nothing."""
 
 
@@ -135,8 +135,7 @@ def _already_built(config: CorpusConfig, key: str, report: Report) -> Manifest |
             "files); set another corpus.path, or delete the folder to build it anew"
         )
     shutil.rmtree(config.path / _BUILD, ignore_errors=True)
-    total = sum(split.characters for split in manifest.splits.values())
-    report("already built", total, total)
+    report("already built", 1, 1, 0)
     return manifest
 
 
@@ -224,7 +223,7 @@ def _finish_tokenizer(
     """The tokenizer, and the sha256 of the texts that it was trained on, if there were any."""
     path, note = config.path / TOKENIZER, records / "tokenizer.json"
     if note.is_file() and path.is_file() and json.loads(note.read_text())["sha256"] == sha256_of(path):
-        report("tokenizer (continuing)", 1, 1)
+        report("tokenizer (continuing)", 1, 1, 0)
         return Tokenizer(path), json.loads(note.read_text()).get("sample_sha256")
     sample = hashlib.sha256()
     if config.tokenizer.model:
@@ -236,11 +235,11 @@ def _finish_tokenizer(
         if config.tokenizer.kind != "protein":
             wanted = sampled_characters(found, training_characters(config.tokenizer))
         total = sum(wanted.values())
-        report("tokenizer", 0, total)
+        report("tokenizer", 0, total, 0)
         numbered = enumerate(all_documents(config, inputs)) if wanted else ()
         texts = (document.text[: wanted[number]] for number, document in numbered if number in wanted)
         train_tokenizer(_hashed(texts, sample), config.tokenizer, path)
-        report("tokenizer", total, total)
+        report("tokenizer", total, total, 0)
     untrained = config.tokenizer.model or config.tokenizer.kind == "protein"
     sample_sha256 = None if untrained else sample.hexdigest()
     write_json(note, {"sha256": sha256_of(path), "sample_sha256": sample_sha256})
@@ -266,15 +265,17 @@ def _encode(
 ) -> dict[Group, GroupRecord]:
     everything = [Group(split, number) for split in SPLITS for number in range(len(groups[split]))]
     results = {group: record for group in everything if (record := _finished_record(place, group))}
-    characters, stage = sum(record.characters for record in results.values()), f"encoding{suffix}"
+
+    def tell() -> None:
+        characters = sum(record.characters for record in results.values())
+        documents = sum(sum(record.length_histogram.values()) for record in results.values())
+        report(f"encoding{suffix}", round(characters * found.bytes_per_character), found.total_bytes, documents)
 
     def finished(group: Group, record: GroupRecord) -> None:
-        nonlocal characters
         results[group] = record
-        characters += record.characters
-        report(stage, characters, found.total_characters)
+        tell()
 
-    report(stage, characters, found.total_characters)
+    tell()
     missing = {group for group in everything if group not in results}
     if missing:
         processes = min(config.processes or os.cpu_count() or 1, len(missing))

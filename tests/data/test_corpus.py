@@ -264,7 +264,7 @@ from multiprocessing import active_children
 from pretrain.config import CorpusConfig
 from pretrain.data.corpus import build_corpus
 
-def report(stage, done, total):
+def report(stage, done, total, documents):
     global calls
     if stage.startswith(sys.argv[2]):
         calls += 1
@@ -342,7 +342,7 @@ class StopHereError(Exception):
 
 
 def stop_after(config, calls):
-    def report(stage, done, total):
+    def report(stage, done, total, documents):
         nonlocal calls
         calls -= stage.startswith("encoding")
         if not calls:
@@ -374,7 +374,7 @@ def test_raw_files_that_change_during_the_build_stop_it(tmp_path, count, words):
     source = jsonl(tmp_path / "a.jsonl", [generated_text(n, 50) for n in range(40)])
     config = config_for(tmp_path, tmp_path / "c", sources=[{"path": str(source)}], splits={"valid": 0, "test": 0})
 
-    def report(stage, done, total):
+    def report(stage, done, total, documents):
         if stage == "encoding" and done == 0:
             jsonl(source, [generated_text(n, words) for n in range(count)])
             os.utime(source, ns=(0, 0))
@@ -419,7 +419,7 @@ def test_shards_that_no_build_made_are_not_built_over(raw, tmp_path):
 def test_two_builds_at_once_in_one_place_are_refused(raw, tmp_path):
     config = config_for(raw, tmp_path / "c")
 
-    def report(stage, done, total):
+    def report(stage, done, total, documents):
         if stage == "tokenizer" and not done:
             with pytest.raises(UserError, match="another process is building"):
                 build_corpus(config)

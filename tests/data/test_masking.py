@@ -1,11 +1,13 @@
 """The corruption of rows: its rates, and what it never touches."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pretrain.batch import IGNORED
+from pretrain.data import loader
 from pretrain.data.counter_random import bits
 from pretrain.data.loader import training_steps
 from pretrain.data.masking import MaskingRule, mask_rows, rate_at, word_boundaries
@@ -126,3 +128,14 @@ def test_the_rate_goes_from_first_to_final_over_the_positions_dealt_and_survives
     assert rows_of(first_steps(make_config(data=data, training={"tokens": 16 * 32 * 20}), manifest, 30, 2)) == rows_of(
         [steps]
     )
+
+
+def test_the_rate_of_a_step_is_that_of_the_positions_dealt_before_it(make_config, manifest, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        loader, "rate_at", lambda positions, *rule: asked.append(positions) or rate_at(positions, *rule)
+    )
+    config = make_config(data={"workers": 0, "mask_rate": 0.6, "final_mask_rate": 0.1})
+    steps = training_steps(config, manifest, StreamState.start(config.data.streams), 0, 1)
+    list(islice(steps, 3))
+    assert asked[:3] == [0, 16 * 32, 2 * 16 * 32]

@@ -97,6 +97,17 @@ def test_a_stage_is_announced_once_where_there_is_no_terminal():
     assert written(to) == "  encoding (4)\n"
 
 
+def test_a_stage_of_text_tells_its_speed_and_the_time_left(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    to = console(terminal=False)
+    with StageProgress(to) as progress:
+        for now in (100.0, 105.0, 120.0):
+            progress.report_text("encoding", round((now - 100) * 2e6), 60_000_000, round(now - 100) * 30)
+    line = "  encoding: 40.0 of 60.0 MB, 2.0 MB/s, 30 documents/s, 0:10 left"
+    assert written(to) == f"  encoding (60.0 MB)\n{line}\n"
+
+
 def test_a_closed_pipe_does_not_end_the_training(tmp_path):
     code = (
         "from launch.display import make_console, say\n"
