@@ -253,6 +253,7 @@ def test_the_tokenizer_sample_is_as_large_as_asked_and_of_training_documents_by_
 # ------------------------------------------------------------------------------------- the same bytes, come what may
 
 
+@pytest.mark.slow
 def test_one_and_four_processes_and_another_folder_make_the_same_bytes(raw, corpus, tmp_path):
     build_corpus(config_for(raw, tmp_path / "elsewhere", processes=4))
     assert bytes_of(tmp_path / "elsewhere") == bytes_of(corpus)
@@ -301,7 +302,14 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.parametrize(("stage", "calls", "processes"), [("encoding", 4, 2), ("encoding", 4, 1), ("tokenizer", 2, 1)])
+@pytest.mark.parametrize(
+    ("stage", "calls", "processes"),
+    [
+        ("encoding", 4, 1),
+        pytest.param("encoding", 4, 2, marks=pytest.mark.slow),
+        pytest.param("tokenizer", 2, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_build_leaves_no_manifest_continues_and_makes_the_same_bytes(
     raw, corpus, tmp_path, stage, calls, processes
 ):

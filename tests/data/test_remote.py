@@ -126,6 +126,7 @@ def remote_config(make_config, server, tmp_path, **data):
     return make_config(corpus=corpus, data=settings)
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_from_a_stuttering_server_with_a_cache_smaller_than_the_corpus(
     make_config, manifest, server, tmp_path
 ):

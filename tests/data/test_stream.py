@@ -137,18 +137,18 @@ def test_rows_are_the_documents_with_begin_and_end_symbols(make_config, manifest
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(make_config, manifest):
+    def source(seed: int) -> RowSource:
+        return RowSource(make_config().corpus.path, manifest, "train", seed, [PackingRule(32)])
+
     def opening(seed: int, visit: int) -> list[int]:
-        return (
-            RowSource(make_config().corpus.path, manifest, "train", seed, [PackingRule(32)])
-            .open(visit)[1]
-            .starts[:20]
-            .tolist()
-        )
+        return source(seed).open(visit)[1].starts[:20].tolist()
 
     assert opening(1, 0) == opening(1, 0)
     assert opening(1, 0) != opening(2, 0)
-    shards = [permutation(16, 1, 1, epoch).tolist() for epoch in range(3)]
-    assert len({tuple(order) for order in shards}) == 3
+    num = source(1).num_shards
+    orders = [[source(seed).entry(epoch * num + n).path for n in range(num)] for seed in (1, 2) for epoch in range(3)]
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
 
 
 def test_a_stream_state_that_is_taken_with_a_row_ignores_what_was_read_ahead(make_config, manifest):
