@@ -322,7 +322,9 @@ def test_a_killed_build_leaves_no_manifest_continues_and_makes_the_same_bytes(
     (config.path / "train").mkdir(exist_ok=True)
     (config.path / "train/.shard-000001.tar.0123456789ab.tmp").write_text("half a shard")
     stages = []
-    build_corpus(config.model_copy(update={"processes": 1}), lambda stage, done, total: stages.append((stage, done)))
+    build_corpus(
+        config.model_copy(update={"processes": 1}), lambda stage, done, total, documents: stages.append((stage, done))
+    )
     assert bytes_of(config.path) == bytes_of(corpus)
     if stage == "encoding":
         assert len(finished) >= 3
@@ -373,7 +375,7 @@ def test_raw_files_changed_since_the_kill_start_the_build_again(tmp_path):
     stop_after(config, 4)
     os.utime(source, ns=(0, 0))
     stages = set()
-    build_corpus(config, lambda stage, done, total: stages.add(stage))
+    build_corpus(config, lambda stage, done, total, documents: stages.add(stage))
     assert stages == {"reading", "tokenizer", "encoding"}
 
 

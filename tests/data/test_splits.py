@@ -112,7 +112,7 @@ def test_the_manifest_has_the_hash_of_the_tokenizers_sample_also_after_a_kill(tm
         lambda texts, *rest: train_tokenizer((given.append(text) or text for text in texts), *rest),
     )
 
-    def stop(stage, done, total):
+    def stop(stage, done, total, documents):
         if stage == "encoding" and done:
             raise KeyboardInterrupt
 
