@@ -85,10 +85,12 @@ def show_checkpoint(run_folder: Path, step: int | None, console: Console) -> Non
         rows.append([name, f"{entry.bytes:,}", entry.sha256[:16], "-" if pieces is None else f"{len(pieces):,}"])
     total = sum(entry.bytes for entry in manifest.files.values())
     parameters = sum(index.numel.values())
+    skipped = state.step - state.optimizer_steps
     facts = Text(
         f"tokens seen: {state.tokens_seen:,}, in {state.stream.position:,} rows\n"
-        f"optimizer steps: {state.optimizer_steps:,} of {state.step:,} (the others were skipped)\n"
-        f"parameters: {parameters:,}; values of each: {', '.join(sorted({kind for kind, _ in index.ranges()}))}\n"
+        f"optimizer steps: {state.optimizer_steps:,}"
+        + (f"; skipped: {skipped:,}\n" if skipped else "\n")
+        + f"parameters: {parameters:,}; values of each: {', '.join(sorted({kind for kind, _ in index.ranges()}))}\n"
         f"written by {len(index.fragments)} rank(s); {total:,} bytes, {total / parameters:.2f} a parameter\n"
         f"corpus: {state.fingerprint[:12]}\n"
     )

@@ -21,8 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with [bold]diptych quickstart[/bold]. "
-    "Exit codes: 0 done, 2 your input is wrong, 3 a newer start has taken the run over, 75 run the same command "
-    "again to resume, 1 anything else.",
+    "Exit codes: 0 done, 2 your input is wrong, 75 run the same command again to resume, 1 anything else.",
 )
 app.command()(train.quickstart)
 app.command()(train.train)

@@ -80,7 +80,9 @@ def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmSilentError(f"{command[0]} got no answer within {ANSWER_WITHIN_S:.0f} s") from error
     if done.returncode:
-        if re.search(r"Unable to contact|Connection refused|Socket timed out|configuration source", done.stderr):
+        if "configuration source" in done.stderr:
+            raise SlurmSilentError("this machine has Slurm's commands, but belongs to no cluster that answers")
+        if re.search(r"Unable to contact|Connection refused|Socket timed out", done.stderr):
             raise SlurmSilentError(f"Slurm's controller does not answer ({done.stderr.strip().splitlines()[-1]})")
         raise subprocess.CalledProcessError(done.returncode, list(command), done.stdout, done.stderr)
     return done.stdout
@@ -194,7 +196,10 @@ def check_cluster(cluster: ClusterConfig) -> None:
         evaluation = cluster.evaluation
         check_partition(evaluation.partition or cluster.partition, 1, evaluation.time, "cluster.evaluation")
     except SlurmSilentError as error:
-        raise UserError(f"{error}; nothing was submitted, try again when it is back") from error
+        raise UserError(
+            f"{error}; nothing was submitted, try again when it is back, or run on this machine: `diptych train`, "
+            "`diptych sweep --local`"
+        ) from error
 
 
 def check_script(script: str) -> None:
@@ -219,7 +224,10 @@ def _sbatch(options: Sequence[str], script: str) -> str:
     try:
         return ask(["sbatch", *options], stdin=script)
     except SlurmSilentError as error:
-        raise UserError(f"{error}; nothing was submitted, try again when it is back") from error
+        raise UserError(
+            f"{error}; nothing was submitted, try again when it is back, or run on this machine: `diptych train`, "
+            "`diptych sweep --local`"
+        ) from error
     except subprocess.CalledProcessError as error:
         reasons = [line for line in error.stderr.splitlines() if line.strip()]
         raise UserError(

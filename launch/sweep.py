@@ -139,7 +139,7 @@ def plan_sweep(config_name: str, overrides: Sequence[str], grid: Sequence[str]) 
     base = load_config(config_name, overrides)
     folder = base.run_folder
     if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is a run of its own; choose another name=... for the sweep")
+        raise UserError(f"{folder} is a run of its own; give the sweep another name, name=NAME")
     members = members_of(axes_of(base, grid))
     configs = []
     for member in members:

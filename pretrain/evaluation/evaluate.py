@@ -201,7 +201,9 @@ def headline(results: Sequence[LengthResult]) -> str:
     by_multiple = {r.multiple: r for r in results}
     base = by_multiple[1.0].length
     if not any(r.multiple > 1 for r in results):
-        return f"No document is long enough to tell anything beyond the training length of {base} tokens."
+        return (
+            f"Nothing beyond the training length of {base} tokens was measured; what was left out is listed with why."
+        )
     if effective > 1:
         r = by_multiple[effective]
         text = (

@@ -12,6 +12,7 @@ Nothing in it is a pickle. What is in the files is checkpoint_files.py; saving i
 engine is checkpoint_load.py.
 """
 
+import logging
 import re
 import secrets
 import shutil
@@ -37,6 +38,8 @@ from pretrain.training.checkpoint_files import (
     step_of,
 )
 from pretrain.training.checkpoint_files import checkpoint_name as checkpoint_name
+
+log = logging.getLogger(__name__)
 
 BEING_WRITTEN, REPLACED, REMOVED = "tmp", "replaced", "removed"
 """Suffixes of hidden folders: what a save has not finished, what a save has put aside, what is being deleted."""
@@ -164,7 +167,7 @@ def newest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:
-    """A valid checkpoint in a run's `checkpoints/`: that of `step`, or the newest.
+    """A valid checkpoint in a run's `checkpoints/`: that of `step`, or the newest; warns of damaged ones after it.
 
     Raises:
         UserError: there is none, or it is damaged; says which there are.
@@ -174,6 +177,8 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
         path, warnings = newest_valid_checkpoint(folder)
         if path is None:
             raise UserError(f"no valid checkpoint in {folder}; train first. {'; '.join(warnings)}".strip())
+        for warning in warnings:
+            log.warning("%s; taking step %d", warning, step_of(path))
         return path
     path = folder / checkpoint_name(step)
     if path not in list_checkpoints(folder):

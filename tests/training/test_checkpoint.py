@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
 from pretrain.training.checkpoint import (
+    find_checkpoint,
     list_checkpoints,
     load_weights,
     newest_state,
@@ -105,6 +106,16 @@ def test_missing_swapped_old_and_foreign_files_are_seen_and_the_newest_whole_one
     shutil.rmtree(bad)
     shutil.copytree(good, bad)
     assert damaged("all", "renamed") == [f"MANIFEST.json is of step {step_of(good)}"]
+
+
+def test_whoever_asks_for_the_newest_checkpoint_is_warned_of_damaged_ones(checkpoints, caplog):
+    good, bad = list_checkpoints(checkpoints)[-2:]
+    (bad / "state.json").unlink()
+    assert find_checkpoint(checkpoints) == good
+    assert (
+        f"step {step_of(bad)} is damaged: 1 of 5 files (state.json is missing); taking step {step_of(good)}"
+        in caplog.text
+    )
 
 
 def test_damage_is_told_in_a_line(checkpoints):
