@@ -1,5 +1,7 @@
 """Rows -> the part of each optimizer step that one rank puts through the model, with the state to resume after it."""
 
+import atexit
+import multiprocessing
 import multiprocessing.queues
 import os
 import shutil
@@ -143,6 +145,14 @@ def _begin_worker(_: int) -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
+@atexit.register
+def _kill_workers() -> None:
+    """Python waits at its end for workers that it has asked by SIGTERM, which they ignore."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def _end_worker(error: Exception, _: object) -> None:
     print(f"a loader worker cannot hand its rows over: {error}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -226,7 +236,7 @@ def _in_one_order(steps: Iterator[StepRows | UserError], state: StreamState) -> 
     """
     for step in steps:
         if isinstance(step, UserError):
-            raise step
+            raise type(step)(*step.args)  # not itself: this frame would keep it, it this frame, and both the workers
         if step.state.is_behind(state):
             raise UserError(
                 "a shard was damaged for one loader worker and whole for another, so it was changed while the run read "

@@ -5,6 +5,8 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from itertools import islice, pairwise
 from pathlib import Path
@@ -386,3 +388,25 @@ def test_an_index_that_points_outside_its_shard_is_refused(copy):
         np.save(copy / entry.index_path, wrong)
         with pytest.raises(UserError, match="points outside"):
             Shard(copy, entry, "uint16", lambda *_: None)
+
+
+LEFT_ALIVE = """
+from torch.utils.data import DataLoader, IterableDataset
+from pretrain.data.loader import _begin_worker
+
+class Forever(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield 1
+
+steps = iter(DataLoader(Forever(), batch_size=None, num_workers=1, worker_init_fn=_begin_worker))
+next(steps)
+cycle = [steps]
+cycle.append(cycle)  # as an exception and its frames may be one
+del steps
+"""
+
+
+def test_a_program_ends_although_a_worker_is_left_that_ignores_signals():
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", LEFT_ALIVE], cwd=root, timeout=60, check=True)
