@@ -237,13 +237,14 @@ def parse_duration(text: str) -> float:
 
 
 def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
-    """Run folders by name or path; a folder that holds runs stands for all of them.
+    """Run folders by name or path; a folder that holds runs, a sweep's for instance, stands for all of them.
 
     Raises:
         UserError: one of the names is neither.
     """
     found: list[Path] = []
     for name in names:
-        members = [] if (Path(name) / "config.yaml").is_file() else list_runs(Path(name))
+        places = [place for place in (folder / name, Path(name).expanduser()) if place.is_dir()][:1]
+        members = [row for place in places if not (place / "config.yaml").is_file() for row in list_runs(place)]
         found += [row.folder.absolute() for row in members] or [find_run(name, folder)]
     return found

@@ -28,6 +28,7 @@ def runs(trained, evaluated, tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_are_averaged(runs, evaluated, tmp_path):
+    assert runs_meant([runs.name], runs.parent) == runs_meant([str(runs)], runs)
     groups = read_groups(runs_meant([str(runs)], runs))
     assert [[r.run for r in group.reports] for group in groups] == [["a", "b"], ["c"]]
     loss = evaluated.report.result(1).loss
