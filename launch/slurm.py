@@ -23,6 +23,11 @@ RUNNING = frozenset(
 )
 
 
+NOTHING_SUBMITTED = (
+    "nothing was submitted, try again when it is back, or run on this machine: `diptych train`, `diptych sweep --local`"
+)
+
+
 class SlurmSilentError(Exception):
     """Slurm's controller does not answer, or this machine has no Slurm."""
 
@@ -196,10 +201,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
         evaluation = cluster.evaluation
         check_partition(evaluation.partition or cluster.partition, 1, evaluation.time, "cluster.evaluation")
     except SlurmSilentError as error:
-        raise UserError(
-            f"{error}; nothing was submitted, try again when it is back, or run on this machine: `diptych train`, "
-            "`diptych sweep --local`"
-        ) from error
+        raise UserError(f"{error}; {NOTHING_SUBMITTED}") from error
 
 
 def check_script(script: str) -> None:
@@ -224,10 +226,7 @@ def _sbatch(options: Sequence[str], script: str) -> str:
     try:
         return ask(["sbatch", *options], stdin=script)
     except SlurmSilentError as error:
-        raise UserError(
-            f"{error}; nothing was submitted, try again when it is back, or run on this machine: `diptych train`, "
-            "`diptych sweep --local`"
-        ) from error
+        raise UserError(f"{error}; {NOTHING_SUBMITTED}") from error
     except subprocess.CalledProcessError as error:
         reasons = [line for line in error.stderr.splitlines() if line.strip()]
         raise UserError(

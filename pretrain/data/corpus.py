@@ -72,7 +72,7 @@ def build_corpus(config: CorpusConfig, report: Report = silent, share: tuple[int
     Args:
         config: what to build; the result does not depend on `processes`.
         report: called with a stage (reading, tokenizer, encoding, already built; "(continuing)" is added to one that
-            an earlier build began), characters done, and characters in all (0 while not known).
+            an earlier build began), bytes of text done, those in all (0 while not known), and documents done.
         share: (k, n) reads every n-th file of each source, from the k-th (counted from 0); parts.py uses it.
 
     Raises:
@@ -265,14 +265,17 @@ def _encode(
 ) -> dict[Group, GroupRecord]:
     everything = [Group(split, number) for split in SPLITS for number in range(len(groups[split]))]
     results = {group: record for group in everything if (record := _finished_record(place, group))}
+    characters = sum(record.characters for record in results.values())
+    documents = sum(record.documents for record in results.values())
 
     def tell() -> None:
-        characters = sum(record.characters for record in results.values())
-        documents = sum(sum(record.length_histogram.values()) for record in results.values())
         report(f"encoding{suffix}", round(characters * found.bytes_per_character), found.total_bytes, documents)
 
     def finished(group: Group, record: GroupRecord) -> None:
+        nonlocal characters, documents
         results[group] = record
+        characters += record.characters
+        documents += record.documents
         tell()
 
     tell()

@@ -63,6 +63,11 @@ class GroupRecord(BaseModel):
     token_counts: list[int]
     """[vocab_size]"""
 
+    @property
+    def documents(self) -> int:
+        """How many."""
+        return sum(self.length_histogram.values())
+
 
 @dataclass(frozen=True)
 class Workplace:

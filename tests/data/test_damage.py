@@ -409,4 +409,5 @@ del steps
 
 def test_a_program_ends_although_a_worker_is_left_that_ignores_signals():
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", LEFT_ALIVE], cwd=root, timeout=60, check=True)
+    ended = subprocess.run([sys.executable, "-c", LEFT_ALIVE], cwd=root, timeout=60, check=False)
+    assert ended.returncode == 0
