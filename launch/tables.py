@@ -50,16 +50,19 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def runs_table(rows: Sequence[RunRow]) -> Group:
+def runs_table(rows: Sequence[RunRow]) -> Table:
     """`diptych runs`."""
     columns = ["run", "state", "step", "tokens", "loss", "validation loss", "tokens/s", "last seen", "left", "restarts"]
     submitted = any(row.slurm for row in rows)
     if submitted:
         columns.insert(1, "Slurm")
     cells = (_run_cells(row, submitted) for row in rows)
-    made = table(None, columns, cells, numbers_from=3 if submitted else 2)
-    reasons = [Text(f"{row.name} ended the last time: {row.message}") for row in rows if row.message]
-    return Group(made, *reasons)
+    return table(None, columns, cells, numbers_from=3 if submitted else 2)
+
+
+def why_ended(rows: Sequence[RunRow]) -> list[str]:
+    """Below the table: a line for each run that has something to say of its end."""
+    return [f"{row.name} ended the last time: {row.message}" for row in rows if row.message]
 
 
 def _run_cells(row: RunRow, submitted: bool) -> list[str | Text]:

@@ -21,9 +21,9 @@ def runs(
 
     [bold]Example:[/bold] diptych runs --folder /scratch/me/runs
     """
-    from launch.display import make_console
+    from launch.display import make_console, say
     from launch.runs import list_runs, with_slurm
-    from launch.tables import runs_table
+    from launch.tables import runs_table, why_ended
 
     rows, warning = with_slurm(list_runs(folder))
     if warning:
@@ -35,6 +35,8 @@ def runs(
     if not console.is_terminal:
         console.width = 200
     console.print(runs_table(rows), soft_wrap=False)
+    for line in why_ended(rows):
+        say(console, line)
 
 
 def logs(
