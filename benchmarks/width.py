@@ -8,6 +8,7 @@ Writes results/width.json and docs/images/coordinate-check.png.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -61,10 +62,12 @@ def outputs(model: MaskedLanguageModel, rows: Batch) -> dict[str, Tensor]:
     return seen
 
 
-def movement(kind: str, width: int, steps: int, learning_rate: float) -> dict[str, float]:
-    """Root mean square of the change of each part's output in `steps` steps of AdamW."""
+def movement(
+    kind: str, width: int, steps: int, learning_rate: float, optimizer_kind: Literal["adamw", "muon"] = "adamw"
+) -> dict[str, float]:
+    """Root mean square of the change of each part's output in `steps` steps of the optimizer."""
     model, rows = model_of(kind, width), batch()
-    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=learning_rate))
+    optimizer = build_optimizer(model, OptimizerConfig(kind=optimizer_kind, learning_rate=learning_rate))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
     before = outputs(model, rows)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.config import ModelConfig, OptimizerConfig, load_config
+from pretrain.config import ModelConfig, OptimizerConfig, RunConfig, changes, falsifying, load_config
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
@@ -103,6 +103,7 @@ def test_muon_moves_the_matrices_between_hidden_layers_and_nothing_else():
     names = {id(p): n for n, p in model.named_parameters()}
     groups = parameter_groups(model, MUON)
     members = {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     block = "encoder.blocks.0"
     assert members["matrices"] == {
         f"{block}.{part}.weight" for part in ("attention.qkv", "attention.output", "ffn.gate_and_up", "ffn.down")
@@ -110,7 +111,10 @@ def test_muon_moves_the_matrices_between_hidden_layers_and_nothing_else():
     assert members["output matrix"] == {"head.weight"}
     assert sum(map(len, members.values())) == len(names)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
-    assert [summary.optimizer for summary in summarize_groups(groups, 3e-3)] == ["Muon", "AdamW", "AdamW"]
+    lines = list(map(str, summarize_groups(groups, 3e-3)))
+    assert lines[0] == f"matrices by Muon: 4 tensors, {sizes[0]:,} parameters, learning rate 0.003, weight decay 0.1"
+    assert lines[1].startswith("output matrix by AdamW: 1 tensors, 1,600 parameters")
+    assert lines[2].endswith("weight decay 0")
     assert {matrix.blocks for matrix in groups[0]["matrices"] if "qkv" in matrix.name} == {3}
 
 
@@ -134,10 +138,15 @@ def test_a_matrix_comes_together_where_much_of_it_is_and_work_is_shared_out(monk
         Parts(matrices[:1], quarters[:3], 0)
 
 
-def test_settings_of_muon_without_muon_are_refused():
-    def load(*overrides: str):
-        return load_config("model/1m", list(overrides), beneath={"corpus": {"path": "corpora/none"}})
+def load(*overrides: str) -> RunConfig:
+    return load_config("model/1m", list(overrides), beneath={"corpus": {"path": "corpora/none"}})
 
+
+def test_another_kind_of_optimizer_makes_it_another_run():
+    assert falsifying(changes(load(), load("optimizer.kind=muon", "optimizer.learning_rate=1"))) == ["optimizer.kind"]
+
+
+def test_settings_of_muon_without_muon_are_refused():
     with pytest.raises(UserError, match="muon has settings, but kind is adamw; add optimizer.kind=muon"):
         load("optimizer.muon.momentum=0.9")
     with pytest.raises(UserError, match=r"optimizer.muon.momentum: .*less than 1"):
@@ -146,10 +155,8 @@ def test_settings_of_muon_without_muon_are_refused():
 
 
 def test_a_plan_has_one_moment_of_a_matrix_and_two_of_the_rest():
-    plans = {}
-    for kind in ("adamw", "muon"):
-        config = load_config("model/1m", [f"optimizer.kind={kind}"], beneath={"corpus": {"path": "corpora/none"}})
-        plans[kind] = Plan(config, 512, Hardware("cpu", 2**33, 2, on_gpu=False))
+    hardware = Hardware("cpu", 2**33, 2, on_gpu=False)
+    plans = {kind: Plan(load(f"optimizer.kind={kind}"), 512, hardware) for kind in ("adamw", "muon")}
     saved = 4 * plans["muon"].optimizer.orthogonal
     assert saved > 0.8 * 4 * plans["muon"].parameters
     assert plans["adamw"].checkpoint_bytes - plans["muon"].checkpoint_bytes == saved

@@ -53,7 +53,7 @@ def train_all(rank, world_size, configs):
 
 
 def differing(engine, path):
-    """Values of this rank that are not those of a checkpoint; before the optimizer's first step moments must be zero."""
+    """What this rank holds that is not that of a checkpoint; moments must be zero before the optimizer's first step."""
     saved, found = SavedFragments(path), []
     for fragment in fragments(engine):
         expected = torch.zeros_like(fragment.tensor)
