@@ -250,6 +250,15 @@ def load_config(
     return validate(values, str(path))
 
 
+def settings_in(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of what a config file and its includes set, not validated.
+
+    Raises:
+        UserError: if it is not readable.
+    """
+    return _flatten(OmegaConf.to_container(_merge_file(path)))
+
+
 def validate(values: Any, origin: str) -> RunConfig:
     """Check plain values against the schema; `origin` names them in the error."""
     try:
