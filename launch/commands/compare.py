@@ -24,7 +24,7 @@ def compare(
     [bold]Example:[/bold] diptych compare quickstart bidirectional --out comparison
     """
     from launch.display import make_console, say
-    from launch.evaluate import runs_meant
+    from launch.runs import runs_meant
     from launch.tables import table
     from pretrain.evaluation.compare import read_groups, table_rows, write_comparison
 

@@ -27,6 +27,10 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 RunOnRanks = Callable[[Plan, Path, int], None]
 """Have the missing parts of a plan computed by so many ranks; raises if that failed."""
+LITTLE_LEARNED = 0.95
+"""A loss at 1x above this share of that of token frequencies alone is cautioned against."""
+FEW_DOCUMENTS = 20
+"""Fewer than these are cautioned against: the bootstrap over documents (Efron, 1979) is known to be too narrow then."""
 STAGES = {"scores": "losses", "task": "tasks", "attention": "attention", "pseudo": "single masks"}
 
 
@@ -118,22 +122,24 @@ def build_report(session: Session, folder: Path, ranks: int, command: Sequence[s
     smoothed = (counts + 1) / (counts + 1).sum()
     held, effective = held_multiple(results), effective_multiple(results)
     state = load_state(plan.run_folder / "checkpoints" / checkpoint_name(plan.step))
+    unigram_loss = float(-np.log(smoothed[evaluation.targets]).mean())
+    documents = evaluation.bootstrap.num_documents
     readings, ablations = evaluation.reading_results(plan.readings), evaluation.ablation_results()
     tasks, attention, pseudo = evaluation.task_results(), evaluation.attention_results(), evaluation.pseudo_results()
     return ContextReport(
-        headline=headline(results),
+        headline=" ".join([headline(results), *cautions(results, documents, unigram_loss)]),
         run=config.name,
         step=plan.step,
         tokens_seen=state.tokens_seen,
         training_length=plan.training_length,
         split=plan.split,
         corpus=config.corpus.path.name,
-        documents=evaluation.bootstrap.num_documents,
+        documents=documents,
         windows=len(session.windows),
         targets=len(evaluation.targets),
         reading_windows=min(plan.reading_windows, len(session.windows)),
         unigram_entropy=entropy_of_counts(counts),
-        unigram_loss=float(-np.log(smoothed[evaluation.targets]).mean()),
+        unigram_loss=unigram_loss,
         effective_multiple=effective,
         effective_length=plan.length(effective),
         used_multiple=used_multiple(results),
@@ -167,6 +173,25 @@ def build_report(session: Session, folder: Path, ranks: int, command: Sequence[s
             written=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         ),
     )
+
+
+def cautions(results: Sequence[LengthResult], documents: int, unigram_loss: float) -> list[str]:
+    """Sentences against reading too much into a headline.
+
+    Args:
+        results: by length.
+        documents: that the windows come from.
+        unigram_loss: nats per target of a model that knows only how often each token occurs.
+    """
+    found, base = [], next(r for r in results if r.multiple == 1)
+    if base.loss > LITTLE_LEARNED * unigram_loss:
+        found.append(
+            f"Caution: at 1x the loss, {base.loss:.3f}, is hardly below the {unigram_loss:.3f} of token frequencies "
+            "alone: this encoder has learned little yet, and may read otherwise once it has."
+        )
+    if documents < FEW_DOCUMENTS:
+        found.append(f"Caution: all windows come from {documents} documents; intervals over so few are too narrow.")
+    return found
 
 
 def _settings(plan: Plan) -> dict[str, str | int | float]:

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from launch.evaluate import parse_duration, parse_lengths, runs_meant
+from launch.evaluate import parse_duration, parse_lengths
+from launch.runs import runs_meant
 from pretrain.config import to_yaml
 from pretrain.errors import UserError
 from pretrain.evaluation.compare import read_groups, table_rows, write_comparison

@@ -15,7 +15,7 @@ from pretrain.data.tokenizer import MASK
 from pretrain.errors import UserError
 from pretrain.evaluation import context
 from pretrain.evaluation.context import effective_multiple, held_multiple, used_multiple
-from pretrain.evaluation.evaluate import evaluate, headline
+from pretrain.evaluation.evaluate import cautions, evaluate, headline
 from pretrain.evaluation.plan import Plan, share_out
 from pretrain.evaluation.planning import PLAN, Request, _measurable, make_plan
 from pretrain.evaluation.report import reading_table, table_rows, write_report
@@ -196,6 +196,14 @@ def test_the_effective_length_needs_a_held_loss_and_a_sure_gain_at_every_length_
     assert "held up to 8x; at 16x perplexity is 1.49 times" in headline(cropping)
     gap = curve({1: 3.0, 2: 3.2, 4: 2.8})
     assert (effective_multiple(gap), held_multiple(gap)) == (1, 1)
+
+
+def test_a_headline_cautions_where_little_was_learned_and_where_documents_are_few():
+    results = curve({1: 3.0, 2: 2.9})
+    assert cautions(results, documents=20, unigram_loss=3.2) == []
+    little, few = cautions(results, documents=19, unigram_loss=3.1)
+    assert "3.000, is hardly below the 3.100 of token frequencies" in little
+    assert "from 19 documents" in few
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
