@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.fragments import fragments
 from pretrain.training.muon import Muon, Piece, initial_state
-from pretrain.training.optimizer import build_optimizer, summarize_groups
+from pretrain.training.optimizer import build_optimizer, summarize_groups, whole_shape
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +95,38 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict
     }
 
 
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, which looks at its first import where it is to compute."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    import deepspeed
+
+    # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def build_model(config: RunConfig, vocab_size: int, world_size: int, device: torch.device) -> MaskedLanguageModel:
+    """The model with its initial weights, the same for every sharding; collective.
+
+    Under `sharding: full` a parameter is spread over the ranks as soon as it is made, so that no rank ever holds more
+    of the model than its part and the module at hand.
+    """
+    if config.training.sharding != "full":
+        return MaskedLanguageModel(config.model, vocab_size)
+    deepspeed = import_deepspeed(device)
+    deepspeed.init_distributed(dist_init_required=False)
+    settings = deepspeed_config(config, world_size, resolve_precision(config))
+    whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+    # Its own linear layer, by default, computes otherwise than torch's.
+    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+        return MaskedLanguageModel(config.model, vocab_size, whole)
+
+
 class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-        import deepspeed
-
-        # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = import_deepspeed(device)
         self.device, self.config = device, config
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
@@ -110,7 +134,7 @@ class Engine:
         self._encoder.checkpoint_every = checkpoint_every(config)
         if compiles(config, device):
             compile_blocks(self._encoder)
-        self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.parameter_shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
         optimizer = build_optimizer(model, config.optimizer, COMPUTE[self.precision])
         for summary in summarize_groups(optimizer.param_groups, config.optimizer.learning_rate):
             log.info("optimizer: %s", summary)
