@@ -24,6 +24,11 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _rows_and_columns(matrix: nn.Parameter) -> tuple[int, int]:
+    rows, columns = whole_shape(matrix)
+    return rows, columns
+
+
 def parameter_groups(model: MaskedLanguageModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Every parameter in one group, as torch's optimizers take them.
 
@@ -57,7 +62,7 @@ def parameter_groups(model: MaskedLanguageModel, config: OptimizerConfig) -> lis
         group["moments"] = MOMENTS["muon" if by_muon else "adamw"]
         if by_muon:
             blocks = _blocks(model)
-            group["matrices"] = [Matrix(name, *whole_shape(p), blocks.get(id(p), 1)) for name, p in named]
+            group["matrices"] = [Matrix(name, *_rows_and_columns(p), blocks.get(id(p), 1)) for name, p in named]
         if named:
             groups.append(group)
     grouped = sorted(id(parameter) for group in groups for parameter in group["params"])
