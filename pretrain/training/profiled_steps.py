@@ -71,9 +71,7 @@ def check_steps(steps: ProfiledSteps, config: RunConfig, train: SplitEntry, done
             return False
         raise UserError(f"--profile {steps}: the run is at step {done:,} already; profile steps from {done + 1:,} on")
     if steps.last > (most := most_steps(config, train)):
-        raise UserError(
-            f"--profile {steps}: the run ends before; {config.training.tokens:,} tokens are < {most:,} steps"
-        )
+        raise UserError(f"--profile {steps}: {config.training.tokens:,} tokens take fewer than {most + 1:,} steps")
     return True
 
 
