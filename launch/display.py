@@ -83,12 +83,12 @@ def numbers(status: Status) -> list[str]:
 
 def costs(status: Status) -> list[str]:
     """Where the time goes, and the memory, one phrase each; a share that rounds to nothing is left out."""
-    named = {name.replace("_", " + "): share for name, share in (status.time_shares or {}).items()}
-    phrases = [f"{name} {share:.0%}" for name, share in named.items() if share >= 0.005]
+    shares = (status.time_shares or {}).items()
+    phrases = [f"{name.replace('_', '+')} {share:.0%}" for name, share in shares if share >= 0.005]
     if status.peak_memory_bytes is not None:
         planned = status.planned_memory_bytes
-        of_plan = "" if planned is None else f" of {planned / 2**30:.3g} planned"
-        phrases.append(f"{status.peak_memory_bytes / 2**30:.3g}{of_plan} GiB")
+        plan = "" if planned is None else f" (plan {planned / 2**30:.3g})"
+        phrases.append(f"memory {status.peak_memory_bytes / 2**30:.3g} GiB{plan}")
     return phrases
 
 
@@ -128,7 +128,7 @@ class TerminalDisplay:
         )
         self._task = self._progress.add_task("starting", total=None, extent="")
         self._numbers = Text("starting the ranks", style="dim")
-        self._costs = Text("", style="dim", overflow="ellipsis", no_wrap=True)
+        self._costs = Text(style="dim")
         self._live = Live(Group(self._progress, self._numbers, self._costs), console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
