@@ -95,8 +95,8 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict
     }
 
 
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, which looks at its first import where it is to compute."""
+def load_deepspeed(device: torch.device) -> Any:
+    """Import it for this kind of device, which takes seconds and hundreds of megabytes."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
 
@@ -113,7 +113,7 @@ def build_model(config: RunConfig, vocab_size: int, world_size: int, device: tor
     """
     if config.training.sharding != "full":
         return MaskedLanguageModel(config.model, vocab_size)
-    deepspeed = import_deepspeed(device)
+    deepspeed = load_deepspeed(device)
     deepspeed.init_distributed(dist_init_required=False)
     settings = deepspeed_config(config, world_size, resolve_precision(config))
     whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
@@ -126,7 +126,7 @@ class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
-        deepspeed = import_deepspeed(device)
+        deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
@@ -189,6 +189,13 @@ class Engine:
         if world_size > 1:
             dist.all_gather_object(pieces, own)
         optimizer.take_pieces(flat, pieces, rank)
+
+    @property
+    def collectives(self) -> Any:
+        """DeepSpeed's communication backend: an object with a method for each collective."""
+        from deepspeed.comm import comm
+
+        return comm.cdb
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """`MaskedLanguageModel.forward`, sharded and in the run's precision."""
