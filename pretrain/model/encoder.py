@@ -164,9 +164,7 @@ class Encoder(nn.Module):
         x = self.embedding(input_ids)
         if self.position_embedding is not None:
             if (length := layout.position_ids.shape[1]) > self.config.max_positions:
-                raise ValueError(
-                    f"a row of {length} positions is beyond the {self.config.max_positions} learned ones"
-                )
+                raise ValueError(f"a row of {length} positions is beyond the {self.config.max_positions} learned ones")
             x = x + self.position_embedding(layout.own(layout.position_ids))
         x = self.dropout(x)
         tables = self._rotary_tables(layout)

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
+from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.optimizer import build_optimizer
 
 ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
@@ -62,7 +64,8 @@ def compile_blocks(encoder: Encoder, backend: str | Callable[..., Any] = "induct
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches per rank and step."""
-    return math.ceil(config.training.batch_size / world_size / config.training.micro_batch_size)
+    _, readers = config.parallel.reader(0, world_size)
+    return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
@@ -97,6 +100,8 @@ class Engine:
         # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.config = device, config
+        self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
+        """The ranks that this one shares its rows with, if it does."""
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
         self._encoder = model.encoder
@@ -133,6 +138,13 @@ class Engine:
         if self.stage == 0:
             return [p for group in self.torch_optimizer.param_groups for p in group["params"]]
         return self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
+
+    def place(self, batch: Batch) -> tuple[Batch, AttentionLayout]:
+        """Rows of this rank, on its device, with their layout: the part of them that it holds of shared rows."""
+        layout = AttentionLayout.from_batch(batch)
+        if self.sequence is not None:
+            batch, layout = self.sequence.own_positions(batch), layout.over(self.sequence)
+        return batch.to(self.device), layout.to(self.device)
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """`MaskedLanguageModel.forward`, sharded and in the run's precision."""

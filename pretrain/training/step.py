@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.model.layout import AttentionLayout
+from pretrain.errors import UserError
+from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.engine import Engine
 
 
@@ -20,7 +21,8 @@ class OwnTime:
     """Seconds that a rank spends on its own, not waiting for others: reading rows, and its forward passes.
 
     On a GPU these are measured by events, which are read when the step is over: nothing waits for the device. Under
-    `sharding: full` ranks gather weights from each other in the forward pass too, so there it tells less.
+    `sharding: full` ranks gather weights from each other in the forward pass too, and those that share rows exchange
+    heads, so there it tells less.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,15 +72,33 @@ class StepTotals:
     """Some rank was asked to stop: the step must not be taken."""
 
 
-def agree_on_step(batch: Batch, samples_lost: int, stop_requested: bool) -> StepTotals:
-    """One small all-reduce on the CPU: counts, checksum, and whether to stop. Arguments are this rank's share."""
+def agree_on_step(
+    batch: Batch, samples_lost: int, stop_requested: bool, sequence: SequenceGroup | None = None
+) -> StepTotals:
+    """One small all-reduce on the CPU: counts, checksum, and whether to stop. Arguments are this rank's share.
+
+    Ranks that share rows (`sequence`) all have them whole, and the first of them counts them.
+
+    Raises:
+        UserError: on every rank; ranks that share rows have read different ones.
+    """
     rows = np.concatenate([batch.input_ids.numpy(), batch.labels.numpy()], axis=1)
     checksum = sum(zlib.crc32(row) for row in rows)
-    own = [batch.num_masked, batch.num_tokens, checksum, samples_lost, int(stop_requested)]
+    first, others = sequence is None or sequence.index == 0, 0 if sequence is None else sequence.size - 1
+    counts = [batch.num_masked, batch.num_tokens, checksum, samples_lost]
+    # The first of a group has the checksum of each of the others taken from its own: together they are zero.
+    difference = checksum * others if first else -checksum
+    own = [*(counts if first else [0] * len(counts)), int(stop_requested), difference]
     totals = torch.tensor(own, dtype=torch.int64)
     if dist.is_initialized():
         dist.all_reduce(totals)
-    masked, tokens, checksum, lost, stop = totals.tolist()
+    masked, tokens, checksum, lost, stop, difference = totals.tolist()
+    if difference:
+        raise UserError(
+            "a shard was damaged for one rank and whole for another that shares its rows (parallel.sequence): it was "
+            "changed while the run read it; see that nothing writes to the corpus, and run the same command again: it "
+            "resumes"
+        )
     return StepTotals(masked, tokens, checksum, lost, bool(stop))
 
 
@@ -122,10 +142,10 @@ def train_step(
     for number, micro_batch in enumerate(micro_batches):
         if dropout_key is not None:
             torch.manual_seed(dropout_seed(*dropout_key, number))
-        layout = AttentionLayout.from_batch(micro_batch).to(engine.device)
+        placed = engine.place(micro_batch)
         if clock is not None:
             clock.start()
-        losses, correct = engine.forward(micro_batch.to(engine.device), layout)
+        losses, correct = engine.forward(*placed)
         if clock is not None:
             clock.stop()
         loss = losses.sum()
@@ -140,6 +160,5 @@ def train_step(
 @torch.no_grad()
 def evaluate_batch(engine: Engine, batch: Batch) -> Tensor:
     """float32 [3] on the device: summed loss in nats, correct predictions, masked positions."""
-    layout = AttentionLayout.from_batch(batch).to(engine.device)
-    losses, correct = engine.forward(batch.to(engine.device), layout)
+    losses, correct = engine.forward(*engine.place(batch))
     return torch.stack((losses.sum(), correct.sum(), torch.tensor(float(len(losses)), device=engine.device)))

@@ -45,6 +45,8 @@ class Trainer:
     ) -> None:
         check_topology(config, world_size)
         self.run, self.rank, self.world_size = config, rank, world_size
+        self.reader = config.parallel.reader(rank, world_size)
+        """Which of how many readers of rows this rank is."""
         self.config = config
         """As `run`, with the settings of the phase at hand."""
         self.stop_request = stop_request
@@ -101,8 +103,8 @@ class Trainer:
             rows = next(steps)
             self.own_time.add(time.perf_counter() - began)
             self._note(AGREEING, patient=self._is_cold)
-            lost = rows.state.lost[self.rank :: self.world_size].sum()
-            totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested)
+            lost = rows.state.lost[self.reader[0] :: self.reader[1]].sum()
+            totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested, self.engine.sequence)
             if totals.stop:
                 return self._stop(steps)
             self._note("computing", patient=self._is_cold)
@@ -149,7 +151,7 @@ class Trainer:
                 f"{config.training.batch_size} a step, mask rate {config.data.mask_rate:g}, rotary theta "
                 f"{config.model.rotary_theta:g}"
             )
-        return training_steps(self.run, self.manifest, self.state.stream, self.rank, self.world_size)
+        return training_steps(self.run, self.manifest, self.state.stream, *self.reader)
 
     def _resume(self) -> TrainingState:
         """The state to go on from: that of the newest valid checkpoint, or the beginning."""
@@ -163,7 +165,7 @@ class Trainer:
             self.checkpoints,
             self.engine,
             self.config.checkpoint,
-            own_streams=range(self.rank, streams, self.world_size),
+            own_streams=range(self.reader[0], streams, self.reader[1]),
             guard=self.attempt.check,
             damaged=newer_than(path) if path else (),
         )
@@ -321,7 +323,7 @@ class Trainer:
         micro_batch_size = self.config.training.micro_batch_size
         cut_off = False
         self._note("validating", patient=True)
-        shape = self.rank, self.world_size, micro_batch_size
+        shape = *self.reader, micro_batch_size
         for batch in validation_batches(self.config, self.manifest, *shape, on_any_rank=any_rank):
             cut_off = any_rank(self.stop_request.requested)
             if cut_off:
