@@ -171,6 +171,10 @@ class Plan:
             activations=activations(self._setting(self.config, choice)),
         )
 
+    def fits(self, choice: Choice, limit: float | None = None) -> bool:
+        """Whether the peak is within `limit` bytes, by default what a plan may fill."""
+        return self.need(choice).total <= (self.hardware.usable if limit is None else limit)
+
     def sent_for_attention(self, choice: Choice) -> int:
         """Bytes that a rank sends in a step to those that it shares rows with: positions for heads, and back."""
         config, model = self.config, self.config.model
@@ -181,10 +185,6 @@ class Plan:
         tensors = 4 * (2 + again) * model.num_layers
         c = self._setting(config, choice).compute_bytes
         return round(tensors * c * model.attention_size * positions * (size - 1) / size)
-
-    def fits(self, choice: Choice, limit: float | None = None) -> bool:
-        """Whether the peak is within `limit` bytes, by default what a plan may fill."""
-        return self.need(choice).total <= (self.hardware.usable if limit is None else limit)
 
     def choices(self) -> Iterator[Choice]:
         """In the order in which they are preferred: the least work first, larger micro-batches before smaller.

@@ -182,10 +182,10 @@ def test_two_ranks_to_a_row_give_the_run_of_one_and_a_run_goes_from_one_to_the_o
 @pytest.mark.slow
 def test_four_ranks_share_rows_in_twos_and_fours_at_every_stage(make_run, tmp_path):
     one, full, gradients, none = configs = [
-        make_run("one", 1, packing="padded", tokens=3_500),
-        make_run("full", 2, "full", packing="padded", tokens=3_500, micro_batch_size=3),
-        make_run("gradients", 2, "gradients", packing="padded", tokens=3_500),
-        make_run("none", 4, "none", packing="padded", tokens=3_500),
+        make_run("one", 1, packing="padded", tokens=2_000),
+        make_run("full", 2, "full", packing="padded", tokens=2_000, micro_batch_size=3),
+        make_run("gradients", 2, "gradients", packing="padded", tokens=2_000),
+        make_run("none", 4, "none", packing="padded", tokens=2_000),
     ]
     for differences in run_on_ranks(on_four_ranks, 4, tmp_path / "ranks", configs):
         assert max(differences.values()) < 1e-6, differences
