@@ -112,24 +112,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="only adamw is drawn")
+    parser.add_argument("--largest", type=int, default=WIDTHS[-1])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/coordinate-check.png"))
     chosen = parser.parse_args()
     on = machine()
     how = chosen.steps, chosen.learning_rate, chosen.optimizer
-    moved = {kind: [movement(kind, width, *how) for width in WIDTHS] for kind in KINDS}
-    grows = {kind: slopes(WIDTHS, moved[kind]) for kind in KINDS}
+    widths = [width for width in WIDTHS if width <= chosen.largest]
+    moved = {kind: [movement(kind, width, *how) for width in widths] for kind in KINDS}
+    grows = {kind: slopes(widths, moved[kind]) for kind in KINDS}
     settings = {
         "optimizer": chosen.optimizer,
         "steps": chosen.steps,
         "learning_rate": chosen.learning_rate,
-        "widths": WIDTHS,
+        "widths": widths,
     }
     record = {"format": 1, "machine": on, "command": command(), **settings, "moved": moved, "slopes": grows}
     name = "width.json" if chosen.optimizer == "adamw" else f"width-{chosen.optimizer}.json"
     write_json(chosen.out / name, record)
     if chosen.optimizer == "adamw":
-        draw(chosen.plot, WIDTHS, moved)
+        draw(chosen.plot, widths, moved)
     for kind in KINDS:
         print(kind, {name: round(slope, 2) for name, slope in grows[kind].items()})
 
