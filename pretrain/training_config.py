@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
     """AdamW for everything, or Muon for the matrices between hidden layers and AdamW for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`muon` keeps one moment of a matrix instead of two."""
+    """`muon` keeps one moment of a matrix instead of two, and wants a higher learning rate (docs/training.md)."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.98)
