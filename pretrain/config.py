@@ -354,6 +354,7 @@ FALSIFYING = (
     "data.streams",
     "data.mask",
     "data.random_token_share",
+    "optimizer.kind",
 )
 """Keys (or beginnings of keys) that a resumed run may not change silently: it would be another run."""
 

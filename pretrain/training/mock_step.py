@@ -36,10 +36,7 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
             raise UserError(
                 f"out of memory before the first step, with {shape}. {advice(run, vocab_size, devices)}"
             ) from error
-    for state in engine.torch_optimizer.state.values():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment].zero_()
-    engine.set_optimizer_steps(0)
+    engine.forget_moments()
 
 
 def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
