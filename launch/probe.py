@@ -8,7 +8,8 @@ from rich.console import Console
 from launch.display import StageProgress, say
 from launch.local import num_cores
 from launch.tables import table
-from pretrain.evaluation.probes import COLUMNS, TABLE, Attention, Positions, ProbeSettings, run_argmax, table_rows
+from pretrain.evaluation.argmax import COLUMNS, Positions, ProbeSettings, run_argmax, table_rows
+from pretrain.evaluation.probes import TABLE, Attention
 
 
 def argmax(
