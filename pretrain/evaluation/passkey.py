@@ -146,15 +146,14 @@ def model_config(attention: Attention, pattern: Pattern, settings: PasskeySettin
 def draw_training_rows(rows: int, length: int, keys: Vocabulary, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw rows that are full of pairs of a marker and a key, each in two places, of which one has its key masked.
 
-    A row is cut into slots of ten tokens; a half of a pair, eight tokens, lies anywhere in its slot. Which slots belong
-    together, and which half of a pair is the question, is drawn evenly: so are distances, up to the whole row.
+    For every ten tokens there is half a pair, eight tokens. Where the halves lie, which belong together and which of
+    two is the question, is drawn evenly, so that every distance occurs on either side.
 
     Returns:
         Ids and targets, IGNORED where nothing is asked; int64 [rows, length].
     """
-    slot = SPAN + 2
-    slots = (length - 2) // slot
-    pairs = slots // 2
+    pairs = (length - 2) // (SPAN + 2) // 2
+    free = length - 2 - 2 * pairs * SPAN
     pieces, candidates = torch.from_numpy(keys.pieces), torch.from_numpy(keys.candidates)
 
     def draw(among: Tensor, *shape: int) -> Tensor:
@@ -162,10 +161,9 @@ def draw_training_rows(rows: int, length: int, keys: Vocabulary, generator: torc
 
     inputs = draw(pieces, rows, length)
     inputs[:, 0], inputs[:, -1] = BOS, EOS
-    shift = torch.randint(length - 1 - slots * slot, (rows, 1), generator=generator)
-    inside = torch.randint(slot - SPAN + 1, (rows, slots), generator=generator)
-    order = torch.rand(rows, slots, generator=generator).argsort(dim=1)[:, : 2 * pairs]
-    starts = (1 + shift + inside + torch.arange(slots) * slot).gather(1, order)
+    before = torch.randint(free + 1, (rows, 2 * pairs), generator=generator).sort(dim=1).values
+    order = torch.rand(rows, 2 * pairs, generator=generator).argsort(dim=1)
+    starts = (1 + before + torch.arange(2 * pairs) * SPAN).gather(1, order)
     places = starts[:, :, None] + torch.arange(SPAN)
     answers, questions = places[:, :pairs].flatten(1), places[:, pairs:].flatten(1)
     pair = torch.cat((draw(pieces, rows, pairs, SPAN - KEY), draw(candidates, rows, pairs, KEY)), dim=2).flatten(1)
