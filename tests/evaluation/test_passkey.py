@@ -125,6 +125,7 @@ def test_tables_give_shares_over_the_seeds_beside_chance():
 def test_a_cell_is_the_same_each_time_and_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(passkey_grid, "write_results", lambda *_: None)
     first = run_passkey(tmp_path, [("dual_triangle", "local_global")], [0], TINY)
+    torch.randn(7)
     again = train_cell(Cell("dual_triangle", "local_global", 0), TINY)
     assert (again.found, again.curve) == (first[0].found, first[0].curve)
     monkeypatch.setattr(passkey_grid, "train_cell", lambda *_: pytest.fail("trained again"))
@@ -153,7 +154,9 @@ def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_local_and_a_global_layer_learn_to_find_keys():
-    settings = PasskeySettings(steps=350, row_lengths=(32, 48), tokens=1024, factors=(1, 2), samples=10)
+    """To say any candidate of the row would be right in about a quarter of the tokens."""
+    settings = PasskeySettings(steps=400, row_lengths=(32,), tokens=1024, factors=(1, 2), samples=10)
     cell = train_cell(Cell("dual_triangle", "local_global", 0), settings)
-    [tokens] = share_found([cell], "tokens", "plain", 1)
-    assert tokens > 2.5 * CHANCE["tokens"]
+    for factor in settings.factors:
+        [tokens] = share_found([cell], "tokens", "plain", factor)
+        assert tokens > 4 * CHANCE["tokens"]
