@@ -36,7 +36,7 @@ _ROWS_AT_ONCE = 32_768
 
 @dataclass(frozen=True)
 class PasskeySettings:
-    """How each cell of the grid is trained and measured; the defaults suit one core and a minute or two."""
+    """How each cell of the grid is trained and measured; the defaults take about two minutes of one core."""
 
     steps: int = 1800
     row_lengths: tuple[int, ...] = (32, 48, 64, 96, 128)

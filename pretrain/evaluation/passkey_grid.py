@@ -112,7 +112,7 @@ _LINES: dict[Pattern, str] = {"local_global": "-", "rotary": "--", "none": ":"}
 
 def _plot(results: Sequence[CellResult]) -> Figure:
     """Whole keys found, over the length of the rows: a panel per reading, a line per kind, a band over its seeds."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.9), layout="constrained")
     panels = figure.subplots(1, len(READINGS), sharey=True)
     settings = results[0].settings
     lengths = [factor * settings.training_length for factor in settings.factors]
@@ -129,5 +129,6 @@ def _plot(results: Sequence[CellResult]) -> Figure:
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set(xlabel="length of the row in tokens", ylim=(-0.02, 1.02), title=READING_TITLES[reading])
     panels[0].set_ylabel("whole keys found")
-    panels[-1].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
