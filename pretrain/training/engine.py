@@ -94,15 +94,21 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict
     }
 
 
+def load_deepspeed(device: torch.device) -> Any:
+    """Import it for this kind of device, which takes seconds and hundreds of megabytes."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    import deepspeed
+
+    # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-        import deepspeed
-
-        # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
@@ -165,6 +171,13 @@ class Engine:
         if world_size > 1:
             dist.all_gather_object(pieces, own)
         optimizer.take_pieces(flat, pieces, rank)
+
+    @property
+    def collectives(self) -> Any:
+        """DeepSpeed's communication backend: an object with a method for each collective."""
+        from deepspeed.comm import comm
+
+        return comm.cdb
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """`MaskedLanguageModel.forward`, sharded and in the run's precision."""
