@@ -2,7 +2,10 @@ PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart install test test-slow lint clean
+.PHONY: help quickstart install test test-slow lint clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: install  ## corpus, training and context report on this machine, in minutes
 	$(VENV)/bin/diptych quickstart

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import checkpoint, compare, config, data, evaluate, model, plan, runs, submit, sweep, train
+from launch.commands import checkpoint, compare, config, data, evaluate, ladder, model, plan, runs, submit, sweep, train
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import redact
@@ -33,6 +33,7 @@ app.command()(runs.logs)
 app.command()(runs.cancel)
 app.command()(runs.resume)
 app.add_typer(sweep.app, name="sweep")
+app.add_typer(ladder.app, name="ladder")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,14 +18,18 @@ CANCELLED = "cancelled"
 """A file in the run folder: its job must not go back into the queue."""
 
 
-def cancel(run_folder: Path, console: Console) -> None:
-    """Ask a run to save and end, and take what waits of it out of the queue.
+def cancel(run_folders: Sequence[Path], console: Console) -> None:
+    """Ask runs to save and end, and take what waits of them out of the queue.
 
     Raises:
-        UserError: it is not at work, or where it is at work cannot be reached from here.
+        UserError: none of them is at work, or where one is at work cannot be reached from here.
     """
-    if not (_cancel_jobs(run_folder, console) or _cancel_here(run_folder, console)):
-        raise UserError(f"{run_folder.name} is neither queued nor running; `diptych runs` shows what became of it")
+    # The last of a sweep first, so that none begins in the place of one that has ended.
+    ended = [_cancel_jobs(folder, console) or _cancel_here(folder, console) for folder in reversed(run_folders)]
+    if not any(ended):
+        names = ", ".join(folder.name for folder in run_folders)
+        verb = "is neither" if len(run_folders) == 1 else "are neither"
+        raise UserError(f"{names} {verb} queued nor running; `diptych runs` shows what became of it")
 
 
 def _cancel_jobs(run_folder: Path, console: Console) -> bool:

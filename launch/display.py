@@ -81,6 +81,17 @@ def numbers(status: Status) -> list[str]:
     return phrases
 
 
+def costs(status: Status) -> list[str]:
+    """Where the time goes, and the memory, one phrase each; a share that rounds to nothing is left out."""
+    shares = (status.time_shares or {}).items()
+    phrases = [f"{name.replace('_', '+')} {share:.0%}" for name, share in shares if share >= 0.005]
+    if status.peak_memory_bytes is not None:
+        planned = status.planned_memory_bytes
+        plan = "" if planned is None else f" (plan {planned / 2**30:.3g})"
+        phrases.append(f"memory {status.peak_memory_bytes / 2**30:.3g} GiB{plan}")
+    return phrases
+
+
 class Display(Protocol):
     """Where a launch shows its ranks' progress; entered for as long as they run."""
 
@@ -104,7 +115,7 @@ class Display(Protocol):
 
 
 class TerminalDisplay:
-    """One bar, and one line of numbers under it."""
+    """One bar, a line of numbers under it, and one of what they cost."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -117,7 +128,8 @@ class TerminalDisplay:
         )
         self._task = self._progress.add_task("starting", total=None, extent="")
         self._numbers = Text("starting the ranks", style="dim")
-        self._live = Live(Group(self._progress, self._numbers), console=console, refresh_per_second=4)
+        self._costs = Text(style="dim")
+        self._live = Live(Group(self._progress, self._numbers, self._costs), console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         """Draw the bar."""
@@ -147,6 +159,7 @@ class TerminalDisplay:
             extent="  ".join(filter(None, [tokens_done(status), time_left(status)])),
         )
         self._numbers.plain = " · ".join(numbers(status))
+        self._costs.plain = " · ".join(costs(status))
 
 
 class PlainDisplay:

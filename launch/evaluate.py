@@ -19,7 +19,6 @@ from launch.local import (
     start_rank,
     stop_requests,
 )
-from launch.runs import find_run, list_runs
 from launch.tables import fitting_table
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
@@ -234,17 +233,3 @@ def parse_duration(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise UserError(f"--budget {text!r} is not a time; write 90s, 10m or 1h")
     return seconds
-
-
-def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
-    """Run folders by name or path; a folder that holds runs, a sweep's for instance, stands for all of them.
-
-    Raises:
-        UserError: one of the names is neither.
-    """
-    found: list[Path] = []
-    for name in names:
-        places = [place for place in (folder / name, Path(name).expanduser()) if place.is_dir()][:1]
-        members = [row for place in places if not (place / "config.yaml").is_file() for row in list_runs(place)]
-        found += [row.folder.absolute() for row in members] or [find_run(name, folder)]
-    return found

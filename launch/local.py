@@ -304,8 +304,12 @@ class StatusFeed:
         self._display.update(status)
 
 
-def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
+def launch_local(
+    config: RunConfig, num_ranks: int, display: Display, environment: Mapping[str, str] | None = None
+) -> int:
     """Train on `num_ranks` processes of this machine; must be called from the main thread.
+
+    `environment` holds variables for the ranks, besides those of this process.
 
     Returns:
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
@@ -322,11 +326,11 @@ def launch_local(config: RunConfig, num_ranks: int, display: Display) -> int:
         feed = StatusFeed(attempt, display)
         try:
             for number in range(num_ranks):
-                environment = rank_environment(number, num_ranks, port, gpus, os.environ)
-                environment[VARIABLE] = str(attempt.number)
+                variables = rank_environment(number, num_ranks, port, gpus, {**os.environ, **(environment or {})})
+                variables[VARIABLE] = str(attempt.number)
                 if config.corpus.url:
-                    environment[CORPUS_URL] = config.corpus.url
-                ranks.append(start_rank(rank_command(run_folder), environment, attempt.log(number)))
+                    variables[CORPUS_URL] = config.corpus.url
+                ranks.append(start_rank(rank_command(run_folder), variables, attempt.log(number)))
             supervisor = Supervisor(ranks, requests, display, attempt)
             exit_code = supervisor.watch(feed.refresh)
         finally:

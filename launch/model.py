@@ -3,12 +3,13 @@
 from rich.console import Console
 
 from launch.display import say
-from launch.tables import flops_table, model_tables
+from launch.tables import flops_table, model_tables, optimizer_table
 from pretrain.config import RunConfig, load_config
 from pretrain.data.manifest import MANIFEST, load_manifest
 from pretrain.data.tokenizer import RESIDUES, SPECIAL_PIECES
 from pretrain.model.summary import summarize
 from pretrain.training.flops import flops_per_token
+from pretrain.training.planning import optimizer_shape
 
 
 def show_model(name: str, overrides: list[str], console: Console) -> None:
@@ -17,6 +18,8 @@ def show_model(name: str, overrides: list[str], console: Console) -> None:
     vocab_size, origin = vocabulary(config)
     summary = summarize(config.model, vocab_size)
     console.print(model_tables(summary, f"{config.name}: {config.model.attention.replace('_', '-')} encoder"))
+    shape = optimizer_shape(config.model, vocab_size, config.optimizer)
+    console.print(optimizer_table(shape.summaries))
     length, mask_rate = config.data.sequence_length, config.data.mask_rate
     flops = flops_per_token(config.model, vocab_size, length)
     console.print(flops_table(flops, length, mask_rate))

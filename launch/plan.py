@@ -15,7 +15,6 @@ from pretrain.config import check_topology, load_config
 from pretrain.errors import UserError
 from pretrain.model.summary import summarize
 from pretrain.training.flops import FlopsPerToken, flops_per_token
-from pretrain.training.memory import checkpoint_bytes
 from pretrain.training.planning import AGAIN, GIB, USABLE, Choice, Hardware, Plan
 
 GPUS = {"h200": (139, 989e12), "h100": (79, 989e12), "a100": (79, 312e12)}
@@ -85,7 +84,7 @@ def brief_plan(plan: Plan) -> list[str]:
     head = f"{_head(plan)}, rows of {plan.config.data.sequence_length:,}"
     cost = (
         f"{compact(flops.total(mask_rate))} FLOPs a token ({compact(flops.total_as_full(mask_rate))} with triangles "
-        f"counted as full), checkpoints of {size(checkpoint_bytes(plan.groups))}"
+        f"counted as full), checkpoints of {size(plan.checkpoint_bytes)}"
     )
     if choice is None:
         return [head, cost, f"does not fit: {', or '.join(plan.remedies())}"]
@@ -109,7 +108,7 @@ def _again(every: int) -> str:
 
 
 def _head(plan: Plan) -> str:
-    parameters = sum(map(sum, plan.groups))
+    parameters = plan.parameters
     devices = plan.hardware
     return (
         f"{plan.run.name}: {compact(parameters, ' ').replace('G', 'B')} parameters with {plan.vocab_size:,} pieces, on "
@@ -200,11 +199,11 @@ def _peaks(plan: Plan) -> Table:
 
 
 def _notes(plan: Plan) -> list[str]:
-    devices, parameters = plan.hardware, sum(map(sum, plan.groups))
+    devices, parameters = plan.hardware, plan.parameters
     notes = [
         f"fits: under {USABLE:.0%} of {size(devices.memory)} a rank; the rest is for the driver, buffers of libraries "
         "and fragmentation (assumed)",
-        f"checkpoint: {size(checkpoint_bytes(plan.groups))} each, {plan.run.checkpoint.keep_last} kept"
+        f"checkpoint: {size(plan.checkpoint_bytes)} each, {plan.run.checkpoint.keep_last} kept"
         + (f", and every {plan.run.checkpoint.keep_every}th step" if plan.run.checkpoint.keep_every else ""),
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each",
     ]
@@ -242,7 +241,7 @@ def _speed(plan: Plan, mfu: float | None) -> list[str]:
     ]
     budgets = {
         f"training.tokens = {compact(plan.run.training.tokens)}": plan.run.training.tokens,
-        f"{TOKENS_PER_PARAMETER} tokens per parameter": TOKENS_PER_PARAMETER * sum(map(sum, plan.groups)),
+        f"{TOKENS_PER_PARAMETER} tokens per parameter": TOKENS_PER_PARAMETER * plan.parameters,
     }
     for name, tokens in budgets.items():
         seconds = tokens / tokens_per_s

@@ -3,6 +3,7 @@
 import difflib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def find_run(name: str, folder: Path = Path("runs")) -> Path:
     there = f"there are {', '.join(names)}" if names else f"there are no runs in {folder.absolute()}"
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"no run {name!r}: neither a run folder nor a name in {folder.absolute()}; {there}{hint}")
+
+
+def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
+    """Run folders by name or path; a folder that holds runs, a sweep's for instance, stands for all of them.
+
+    Raises:
+        UserError: one of the names is neither.
+    """
+    found: list[Path] = []
+    for name in names:
+        places = [place for place in (folder / name, Path(name).expanduser()) if place.is_dir()][:1]
+        members = [row for place in places if not (place / "config.yaml").is_file() for row in list_runs(place)]
+        found += [row.folder.absolute() for row in members] or [find_run(name, folder)]
+    return found
 
 
 def duration(seconds: float) -> str:

@@ -65,10 +65,10 @@ def axes_of(config: RunConfig, grid: Sequence[str]) -> dict[str, list[Point]]:
     for axis, values in config.sweep.items():
         if isinstance(values, dict):
             axes[axis] = [
-                Point(name, tuple(_override(k, v) for k, v in group.items())) for name, group in values.items()
+                Point(name, tuple(override(k, v) for k, v in group.items())) for name, group in values.items()
             ]
         else:
-            axes[axis] = [Point(str(value), (_override(axis, value),)) for value in values]
+            axes[axis] = [Point(str(value), (override(axis, value),)) for value in values]
     for text in grid:
         key, equals, listed = text.partition("=")
         if not (equals and key and listed):
@@ -79,7 +79,8 @@ def axes_of(config: RunConfig, grid: Sequence[str]) -> dict[str, list[Point]]:
     return axes
 
 
-def _override(key: str, value: Any) -> str:
+def override(key: str, value: Any) -> str:
+    """A setting as KEY=VALUE."""
     return f"{key}={json.dumps(value)}"
 
 
@@ -136,12 +137,16 @@ def plan_sweep(config_name: str, overrides: Sequence[str], grid: Sequence[str]) 
     Raises:
         UserError: an axis or a member is wrong.
     """
+    return sweep_over(config_name, overrides, axes_of(load_config(config_name, overrides), grid))
+
+
+def sweep_over(config_name: str, overrides: Sequence[str], axes: Mapping[str, Sequence[Point]]) -> Sweep:
+    """As `plan_sweep`, over axes that are made already."""
     base = load_config(config_name, overrides)
     folder = base.run_folder
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run of its own; give the sweep another name, name=NAME")
-    members = members_of(axes_of(base, grid))
-    configs = []
+    members, configs = members_of(axes), []
     for member in members:
         changes = [*overrides, *member.overrides, f"runs={json.dumps(str(folder))}", f"name={member.name}"]
         configs.append(load_config(config_name, changes).model_copy(update={"sweep": {}}))

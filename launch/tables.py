@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pretrain.data.inspection import CorpusDescription
     from pretrain.model.summary import ModelSummary
     from pretrain.training.flops import FlopsPerToken
+    from pretrain.training.optimizer import GroupSummary
 
 BAR_WIDTH = 30
 
@@ -157,6 +158,16 @@ def model_tables(summary: "ModelSummary", title: str) -> Group:
         [f"{g.first} to {g.last}" if g.last > g.first else f"{g.first}", g.span, g.positions] for g in summary.layers
     )
     return Group(parameters, layout, table(None, ["layers", "span", "positions"], layers, numbers_from=3))
+
+
+def optimizer_table(groups: Sequence["GroupSummary"]) -> Table:
+    """Who moves which parameters, and how far."""
+    rows = (
+        [g.name, g.optimizer, f"{g.tensors:,}", f"{g.parameters:,}", f"{g.learning_rate:.4g}", f"{g.weight_decay:.4g}"]
+        for g in groups
+    )
+    columns = ["optimizer", "by", "tensors", "number", "peak learning rate", "weight decay"]
+    return table(None, columns, rows, numbers_from=2)
 
 
 def flops_table(flops: "FlopsPerToken", sequence_length: int, mask_rate: float) -> Table:

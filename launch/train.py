@@ -12,6 +12,7 @@ from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import EXIT_DONE, UserError
 from pretrain.redaction import redact
 from pretrain.status import read_status
+from pretrain.training.profiled_steps import FOLDER, VARIABLE, ProfiledSteps, check_steps
 
 
 def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
@@ -82,9 +83,17 @@ def _check_sources(corpus: CorpusConfig, key: str) -> None:
 
 
 def train(
-    config: RunConfig, num_ranks: int, console: Console, *, allow_change: Sequence[str] = (), evaluate: bool = True
+    config: RunConfig,
+    num_ranks: int,
+    console: Console,
+    *,
+    allow_change: Sequence[str] = (),
+    evaluate: bool = True,
+    profile: ProfiledSteps | None = None,
 ) -> int:
     """Train to the end, or go on where an earlier attempt ended, then write the context report.
+
+    The steps of `profile` are recorded.
 
     Returns:
         The exit code; see `launch_local`.
@@ -97,6 +106,7 @@ def train(
     from pretrain.training.run_lock import run_lock
 
     with run_lock(config.run_folder):
+        variables = _profiling(profile, config, manifest, console)
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
         if is_complete(config):
@@ -104,7 +114,7 @@ def train(
         else:
             where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
             say(console, f"training {config.name} on {where} in {config.run_folder}")
-            exit_code = launch_local(config, num_ranks, make_display(console))
+            exit_code = launch_local(config, num_ranks, make_display(console), variables)
             if exit_code != EXIT_DONE:
                 return exit_code
         if evaluate:
@@ -113,6 +123,23 @@ def train(
             except UserError as error:
                 raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
     return EXIT_DONE
+
+
+def _profiling(steps: ProfiledSteps | None, config: RunConfig, manifest: Manifest, console: Console) -> dict[str, str]:
+    """What the ranks need to know to record these steps; nothing if there is nothing to record.
+
+    Raises:
+        UserError: the run does not come to these steps.
+    """
+    if steps is None:
+        return {}
+    from pretrain.training.checkpoint import newest_state
+
+    state = newest_state(config.run_folder / "checkpoints")
+    if not check_steps(steps, config, manifest.splits["train"], state.step if state else 0):
+        say(console, f"steps {steps} are recorded in {config.run_folder / FOLDER} already")
+        return {}
+    return {VARIABLE: str(steps)}
 
 
 def is_complete(config: RunConfig) -> bool:

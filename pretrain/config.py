@@ -255,7 +255,16 @@ def load_config(
         values = OmegaConf.to_container(content, resolve=True)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: {error}") from error
-    return validate(values, str(path))
+    return validate(values, f"{path} with {' '.join(overrides)}" if 0 < len(overrides) < 4 else str(path))
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of what a config file and its includes set, not validated.
+
+    Raises:
+        UserError: if it is not readable.
+    """
+    return _flatten(OmegaConf.to_container(_merge_file(path)))
 
 
 def validate(values: Any, origin: str) -> RunConfig:
@@ -298,7 +307,10 @@ def _explain(problem: Any) -> str:
             hint = f"did you mean {elsewhere[0]}? " if elsewhere else ""
         return f"{path}: unknown key (value {value!r}); {hint}Allowed here: {', '.join(keys)}"
     if problem["type"] == "missing":
-        return f"{path}: required, but not given"
+        part = "; is this a part of a config? Then include it in one that names a corpus" if path == "corpus" else ""
+        return f"{path}: required, but not given{part}"
+    if path == "name" and problem["type"].startswith("string_"):
+        return f"name: {value!r} cannot name a folder; use up to 100 letters, digits, '.', '_' and '-'"
     if problem["type"] == "literal_error":
         allowed = problem["ctx"]["expected"]
         nearest = difflib.get_close_matches(str(value), allowed.replace("'", "").replace(" or ", ", ").split(", "), n=1)
@@ -350,6 +362,7 @@ FALSIFYING = (
     "data.streams",
     "data.mask",
     "data.random_token_share",
+    "optimizer.kind",
 )
 """Keys (or beginnings of keys) that a resumed run may not change silently: it would be another run."""
 

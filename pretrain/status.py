@@ -30,6 +30,11 @@ class Status(BaseModel):
     flops_per_s: float | None = None
     mfu: float | None = None
     """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
+    time_shares: dict[str, float] | None = None
+    """Of the last steps, validation and saving included; together 1."""
+    peak_memory_bytes: int | None = None
+    """Of the rank that has needed most."""
+    planned_memory_bytes: int | None = None
     seconds_left: float | None = None
     validation_loss: float | None = None
     validation_step: int | None = None

@@ -7,9 +7,25 @@ from pydantic import Field, model_validator
 from pretrain.section import Count, OnOff, Section, Share
 
 
-class OptimizerConfig(Section):
-    """AdamW."""
+class MuonConfig(Section):
+    """How Muon moves matrices (Jordan et al. 2024; Liu et al., arXiv 2502.16982)."""
 
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Share of the past in the running mean of the gradients."""
+    nesterov: bool = True
+    """Look ahead: orthogonalise the mean as it would be if the gradient came once more."""
+    steps: Count = 5
+    """Newton-Schulz iterations."""
+    update_rms: Annotated[float, Field(gt=0)] = 0.2
+    """Root mean square of an update at learning rate 1. With 0.2 it is about AdamW's, so that one learning rate and
+    weight decay serve both; twice as much gives matrices twice the learning rate of the rest."""
+
+
+class OptimizerConfig(Section):
+    """AdamW for everything, or Muon for the matrices between hidden layers and AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon` keeps one moment of a matrix instead of two, and wants a higher learning rate (docs/training.md)."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.98)
@@ -18,6 +34,14 @@ class OptimizerConfig(Section):
     """Applied to matrices only: not to norms, not to embeddings."""
     clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
+    muon: MuonConfig = MuonConfig()
+    """Of `kind: muon` only."""
+
+    @model_validator(mode="after")
+    def _muon_is_used(self) -> "OptimizerConfig":
+        if self.kind != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"muon has settings, but kind is {self.kind}; add optimizer.kind=muon, or leave them out")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -58,8 +82,8 @@ class TrainingConfig(Section):
     max_skipped_steps: Count = 5
     """Stop with an error after this many steps in a row were skipped."""
     spikes: Annotated[Literal["off", "skip", "rollback"], OnOff] = "off"
-    """What follows a loss far above those before it. `off`: it is reported, and the step is taken: clipping and AdamW
-    bound what it can do. `skip`: the step is not taken. `rollback`: as `skip`, and instead of stopping after
+    """What follows a loss far above those before it. `off`: it is reported, and the step is taken: clipping and the
+    optimizer bound what it can do. `skip`: the step is not taken. `rollback`: as `skip`, and instead of stopping after
     `max_skipped_steps` the run goes back to its last checkpoint and on with the rows behind the offending ones. The
     last two look at each loss before the optimizer moves, which costs one more wait for the device per step."""
     spike_threshold: Annotated[float, Field(gt=0)] = 10.0
@@ -82,8 +106,8 @@ class CheckpointConfig(Section):
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
     background: bool = Field(default=True, alias="async")
-    """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, over all ranks);
-    write them meanwhile. The last save of a run waits until it is on the disk."""
+    """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, 8 of those that Muon
+    moves, over all ranks); write them meanwhile. The last save of a run waits until it is on the disk."""
     strict: bool = False
     """Refuse to resume from an older checkpoint where a newer one is damaged."""
 

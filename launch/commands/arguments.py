@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pretrain.errors import EXIT_RESUME_ME
 
@@ -20,6 +21,16 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for instance training.tokens=1000000."),
 ]
+
+
+class RunByDefault(TyperGroup):
+    """Of commands such as `sweep`: `diptych sweep CONFIG` is `diptych sweep run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in where it was left out."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
 
 @contextmanager

@@ -19,18 +19,27 @@ def compare(
     """Compare the context reports of several runs.
 
     Writes compare.html and compare.md: loss and gain by context length. Runs that differ in nothing but their seed are
-    averaged. A folder of runs, such as a sweep's, stands for all runs in it.
+    averaged. A folder of runs, such as a sweep's, stands for all runs in it that have a report.
 
     [bold]Example:[/bold] diptych compare quickstart bidirectional --out comparison
     """
     from launch.display import make_console, say
-    from launch.evaluate import runs_meant
+    from launch.runs import runs_meant
     from launch.tables import table
     from pretrain.evaluation.compare import read_groups, table_rows, write_comparison
 
-    groups = read_groups(runs_meant(runs, folder), evaluation)
+    console, found = make_console(), []
+    for name in runs:
+        meant = runs_meant([name], folder)
+        written = [run for run in meant if (run / "evaluation" / evaluation / "report.json").is_file()]
+        # Of a sweep, what there is so far; of a run that is named, an error.
+        if len(written) < len(meant) and written:
+            say(console, f"{name}: {len(meant) - len(written)} of {len(meant)} runs have no report, and are left out")
+        found += written or meant
+    groups = read_groups(found, evaluation)
     write_comparison(out, groups)
-    console = make_console()
     header, rows = table_rows(groups)
-    console.print(table("Context extension compared", header, rows))
+    compared = table("Context extension compared", header, rows)
+    compared.columns[0].no_wrap = True
+    console.print(compared)
     say(console, f"comparison: {(out / 'compare.html').absolute()}, compare.md")

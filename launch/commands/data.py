@@ -148,6 +148,12 @@ def data_merge(
 
 def _corpus_folder(name: str) -> Path:
     """A folder as it is; anything else is a config, whose corpus is meant."""
-    from pretrain.config import load_config
+    from pretrain.config import find_config, load_config
 
-    return Path(name).absolute() if Path(name).is_dir() else load_config(name).corpus.path
+    if Path(name).is_dir():
+        return Path(name).absolute()
+    try:
+        find_config(name)
+    except UserError as error:
+        raise UserError(f"{Path(name).absolute()} is no corpus: there is no such folder; and {error}") from None
+    return load_config(name).corpus.path

@@ -58,8 +58,11 @@ def logs(
         raise typer.Exit from None
 
 
-def cancel(run: Run, folder: Folder = Path("runs")) -> None:
-    """End a run, here or on Slurm; it saves first.
+def cancel(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a sweep: all its members. Name or folder.")],
+    folder: Folder = Path("runs"),
+) -> None:
+    """End a run, or every run of a sweep, here or on Slurm; each saves first.
 
     What waits of it in Slurm's queue, its evaluation too, is taken out.
 
@@ -67,9 +70,9 @@ def cancel(run: Run, folder: Folder = Path("runs")) -> None:
     """
     from launch.control import cancel as cancel_run
     from launch.display import make_console
-    from launch.runs import find_run
+    from launch.runs import runs_meant
 
-    cancel_run(find_run(run, folder), make_console())
+    cancel_run(runs_meant([run], folder), make_console())
 
 
 def resume(run: Run, folder: Folder = Path("runs")) -> None:

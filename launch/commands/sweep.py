@@ -1,27 +1,15 @@
 """`diptych sweep`: a grid of runs, and what came out."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from launch.commands import cluster_options as cluster
-from launch.commands.arguments import Config, resumable
-
-
-class _RunByDefault(TyperGroup):
-    """`diptych sweep CONFIG` is `diptych sweep run CONFIG`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the command in where it was left out."""
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
+from launch.commands.arguments import Config, RunByDefault, resumable
 
 app = typer.Typer(
-    cls=_RunByDefault,
+    cls=RunByDefault,
     no_args_is_help=True,
     help="Train a grid of runs; `sweep CONFIG` is short for `sweep run CONFIG`.",
 )

@@ -36,6 +36,10 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse to resume from an older checkpoint if a newer one is damaged.")
     ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Record steps N to M with torch's profiler, in the run's folder profile/."),
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Write the context report at the end.")] = True,
 ) -> None:
     """Train a config on this machine, or resume it.
@@ -48,9 +52,13 @@ def train(
     from launch.train import choose_num_ranks
     from launch.train import train as train_run
     from pretrain.config import load_config
+    from pretrain.training.profiled_steps import ProfiledSteps
 
     with resumable():
+        steps = ProfiledSteps.parse(profile) if profile is not None else None
         run = load_config(config, [*(overrides or []), *(["checkpoint.strict=true"] if strict else [])])
         num_ranks = choose_num_ranks(run, nproc)
-        exit_code = train_run(run, num_ranks, make_console(), allow_change=allow_change or [], evaluate=evaluate)
+        exit_code = train_run(
+            run, num_ranks, make_console(), allow_change=allow_change or [], evaluate=evaluate, profile=steps
+        )
     raise typer.Exit(exit_code)

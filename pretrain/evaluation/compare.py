@@ -1,5 +1,6 @@
 """Several reports in one: their curves side by side, seeds of one kind of run averaged."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -51,9 +52,14 @@ def read_groups(run_folders: Sequence[Path], evaluation: str = "context") -> lis
                 break
         else:
             groups.append((folder, Group(folder.name, [report])))
-    found = [group for _, group in groups]
+    found = [Group(_without_seed(g.name), g.reports) if len(g.reports) > 1 else g for _, g in groups]
     _check_comparable([report for group in found for report in group.reports])
     return found
+
+
+def _without_seed(name: str) -> str:
+    """A sweep's name of a member, for all its seeds."""
+    return re.sub(r"(^|-)seed\d+(?=-|$)", "", name).lstrip("-") or name
 
 
 def _differences(folder: Path, other: Path) -> set[str]:

@@ -14,10 +14,11 @@ import torch
 
 from pretrain.evaluation.attention_statistics import LARGEST_LOGIT, watch_attention
 from pretrain.evaluation.plan import Part, Plan
-from pretrain.evaluation.session import DoesNotFitError, PeakMemory, Session
+from pretrain.evaluation.session import DoesNotFitError, Session
 from pretrain.evaluation.tasks import draw_rows
 from pretrain.evaluation.windows import Rows, make_rows, single_mask_rows
 from pretrain.files import atomic_path
+from pretrain.training.peak_memory import PeakMemory
 
 Arrays = dict[str, npt.NDArray[Any]]
 

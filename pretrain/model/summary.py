@@ -72,7 +72,7 @@ def summarize(config: ModelConfig, vocab_size: int) -> ModelSummary:
         model = MaskedLanguageModel(config, vocab_size)
     sizes: dict[str, list[int]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
-        sizes[_group_of(name)].append(parameter.numel())
+        sizes[group_of(name)].append(parameter.numel())
     return ModelSummary(
         vocab_size=vocab_size,
         groups=[ParameterGroup(n, len(s), sum(s)) for n, s in sizes.items() if s or n != "other"],
@@ -82,7 +82,7 @@ def summarize(config: ModelConfig, vocab_size: int) -> ModelSummary:
     )
 
 
-def _group_of(parameter: str) -> str:
+def group_of(parameter: str) -> str:
     """The group of a parameter, by its dotted name."""
     parts = parameter.split(".")
     if any("norm" in part for part in parts):

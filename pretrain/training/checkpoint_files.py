@@ -246,6 +246,13 @@ class SavedFragments:
             if shapes != expected or any(piece.get_dtype() != "F32" for piece in slices.values()):
                 raise ValueError(f"{name} does not hold what {INDEX} says")
 
+    @property
+    def moments(self) -> dict[str, set[str]]:
+        """The kinds of value beside the weight that there are of each parameter."""
+        return {
+            name: {kind for kind, other in self._ranges if other == name} - {"weight"} for name in self.index.shapes
+        }
+
     def fill(self, kind: str, parameter: str, start: int, target: Tensor) -> None:
         """Copy elements [start, start + len(target)) of a flattened parameter's value into `target`.
 

@@ -1,5 +1,7 @@
 """Continuing a run from a checkpoint, on any number of ranks and at any ZeRO stage, in one step."""
 
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ from pretrain.training.checkpoint import (
 )
 from pretrain.training.engine import Engine, barrier
 from pretrain.training.fragments import fragments
+from pretrain.training.optimizer import MOMENTS
+
+log = logging.getLogger(__name__)
 
 
 def agree_on_checkpoint(folder: Path, *, strict: bool) -> tuple[Path | None, list[str]]:
@@ -50,8 +55,18 @@ def newer_than(path: Path) -> list[str]:
     return [other.name for other in list_checkpoints(path.parent) if step_of(other) > step_of(path)]
 
 
+def is_of_another_optimizer(saved: SavedFragments, moments: Mapping[str, Collection[str]]) -> bool:
+    """Whether it holds other moments than these of each parameter: all that an optimizer keeps, not a part of them."""
+    there = saved.moments
+    return there != {name: set(kinds) for name, kinds in moments.items()} and all(
+        kinds in map(set, MOMENTS.values()) for kinds in there.values()
+    )
+
+
 def load_checkpoint(path: Path, engine: Engine) -> TrainingState:
     """Continue from a verified checkpoint, whatever ranks and stage wrote it; collective.
+
+    From one of another kind of optimizer only the weights are taken, and the moments start over.
 
     Raises:
         UserError: it holds a model of another shape.
@@ -67,10 +82,15 @@ def load_checkpoint(path: Path, engine: Engine) -> TrainingState:
             f"{path} holds another model: {name} is {shapes.get(name, 'absent')} there and "
             f"{engine.parameter_shapes.get(name, 'absent')} in the config"
         )
-    for fragment in fragments(engine):
-        saved.fill(fragment.kind, fragment.parameter, fragment.start, fragment.tensor)
     state = load_state(path)
     engine.set_optimizer_steps(state.optimizer_steps)
+    fresh = is_of_another_optimizer(saved, engine.moments)
+    if fresh:
+        log.warning("%s is of another optimizer: its weights are loaded, moments and their steps start over", path)
+        engine.forget_moments()
+    for fragment in fragments(engine):
+        if fragment.kind == "weight" or not fresh:
+            saved.fill(fragment.kind, fragment.parameter, fragment.start, fragment.tensor)
     engine.refresh_weights()
     barrier()
     return state

@@ -204,7 +204,8 @@ class CheckpointSaver:
     def _prepare(self, name: str) -> tuple[str, Exception | None]:
         """Rank 0: make the hidden folder; fail before the disk is full, since what else writes to it would fail too."""
         hidden = hidden_name(name, BEING_WRITTEN)
-        needed = 12 * sum(math.prod(shape) for shape in self._engine.parameter_shapes.values())
+        moments = self._engine.moments
+        needed = 4 * sum((1 + len(moments[n])) * math.prod(s) for n, s in self._engine.parameter_shapes.items())
         try:
             (self._folder / hidden).mkdir(parents=True, mode=0o700)
             free = shutil.disk_usage(self._folder).free

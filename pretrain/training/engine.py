@@ -4,6 +4,7 @@ A user never writes a DeepSpeed config. ZeRO divides gradients by the number of 
 (loss summed, divided once by all masked tokens) therefore scales the loss up by it, see step.py.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -20,9 +21,15 @@ from pretrain.config import RunConfig
 from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.fragments import fragments
+from pretrain.training.muon import Muon, Piece, initial_state
+from pretrain.training.optimizer import build_optimizer, summarize_groups
+
+log = logging.getLogger(__name__)
 
 ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What matrices are made orthogonal in, by the precision of the run."""
 
 
 def resolve_precision(config: RunConfig) -> str:
@@ -90,15 +97,21 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict
     }
 
 
+def load_deepspeed(device: torch.device) -> Any:
+    """Import it for this kind of device, which takes seconds and hundreds of megabytes."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    import deepspeed
+
+    # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-        import deepspeed
-
-        # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
         self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
         """The ranks that this one shares its rows with, if it does."""
@@ -109,19 +122,26 @@ class Engine:
         if compiles(config, device):
             compile_blocks(self._encoder)
         self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        optimizer = build_optimizer(model, config.optimizer, COMPUTE[self.precision])
+        for summary in summarize_groups(optimizer.param_groups, config.optimizer.learning_rate):
+            log.info("optimizer: %s", summary)
+        moments = {id(p): group["moments"] for group in optimizer.param_groups for p in group["params"]}
+        self.moments: dict[str, tuple[str, ...]] = {name: moments[id(p)] for name, p in model.named_parameters()}
+        """By parameter, the names of what the optimizer keeps for each of its elements."""
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optimizer),
+            optimizer=optimizer,
             config=deepspeed_config(config, world_size, self.precision),
             dist_init_required=False,
         )
         self.module: Any = self._deepspeed.module
-        for parameter in self._flat_parameters():
-            state = self.torch_optimizer.state[parameter]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
+        for group, parameter in self._flat_parameters():
+            optimizer.state[parameter].update(initial_state(parameter, group["moments"]))
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
+        if self.stage > 0 and isinstance(optimizer, Muon):
+            self._give_pieces(optimizer)
 
     @property
     def zero(self) -> Any:
@@ -133,11 +153,36 @@ class Engine:
         """The optimizer that does the arithmetic, inside ZeRO's."""
         return self.zero if self.stage == 0 else self.zero.optimizer
 
-    def _flat_parameters(self) -> list[Tensor]:
-        """The tensors that the torch optimizer's state is keyed by."""
+    def _flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """The tensors that the torch optimizer's state is keyed by, each with its group."""
+        groups = self.torch_optimizer.param_groups
         if self.stage == 0:
-            return [p for group in self.torch_optimizer.param_groups for p in group["params"]]
-        return self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
+            return [(group, p) for group in groups for p in group["params"]]
+        if self.stage < 3:
+            return list(zip(groups, self.zero.single_partition_of_fp32_groups, strict=True))
+        flat = self.zero.fp32_partitioned_groups_flat
+        return [(groups[self.zero.sub_group_to_group_id[number]], tensor) for number, tensor in enumerate(flat)]
+
+    def _give_pieces(self, optimizer: Muon) -> None:
+        """Tell Muon where in ZeRO's flat tensors its matrices lie, on all ranks; collective."""
+        flat = [tensor for _, tensor in self._flat_parameters()]
+        own: list[list[Piece]] = [[] for _ in flat]
+        for fragment in fragments(self):
+            if fragment.kind == "weight":
+                number, offset = _place(fragment.tensor, flat)
+                own[number].append(Piece(fragment.parameter, fragment.start, fragment.tensor.numel(), offset))
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        pieces = [own] * world_size
+        if world_size > 1:
+            dist.all_gather_object(pieces, own)
+        optimizer.take_pieces(flat, pieces, rank)
+
+    @property
+    def collectives(self) -> Any:
+        """DeepSpeed's communication backend: an object with a method for each collective."""
+        from deepspeed.comm import comm
+
+        return comm.cdb
 
     def place(self, batch: Batch) -> tuple[Batch, AttentionLayout]:
         """Rows of this rank, on its device, with their layout: the part of them that it holds of shared rows."""
@@ -199,14 +244,20 @@ class Engine:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def set_optimizer_steps(self, steps: int) -> None:
-        """AdamW's own step count, which its bias correction needs."""
-        for parameter in self._flat_parameters():
+        """The optimizer's own step count, which AdamW's bias correction needs."""
+        for _, parameter in self._flat_parameters():
             self.torch_optimizer.state[parameter]["step"].fill_(steps)
+
+    def forget_moments(self) -> None:
+        """Start the optimizer over: no steps, and moments of zero."""
+        for state in self.torch_optimizer.state.values():
+            for value in state.values():
+                value.zero_()
 
     @property
     def optimizer_steps(self) -> int:
         """Steps that the optimizer took: skipped ones are not among them."""
-        return int(self.torch_optimizer.state[self._flat_parameters()[0]]["step"])
+        return int(self.torch_optimizer.state[self._flat_parameters()[0][1]]["step"])
 
     def refresh_weights(self) -> None:
         """Make the weights that the model computes with those of the fp32 master, on all ranks."""
@@ -220,6 +271,16 @@ class Engine:
             if persistent:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
+
+
+def _place(view: Tensor, flat: list[Tensor]) -> tuple[int, int]:
+    """In which of the flat tensors a view of one begins, and where."""
+    for number, tensor in enumerate(flat):
+        offset = int(view.storage_offset() - tensor.storage_offset())
+        shared = view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        if shared and 0 <= offset < tensor.numel():
+            return number, offset
+    raise AssertionError("a fragment of a parameter is in none of ZeRO's flat tensors")
 
 
 def barrier() -> None:

@@ -1,19 +1,18 @@
 """What a rank holds under ZeRO, in a form that knows no rank and no stage: 1-D ranges of named parameters.
 
-Three kinds of value are kept for each parameter: the fp32 master weight and AdamW's two moments. A checkpoint is
-these ranges from all ranks; loading copies the intersections, whatever the number of ranks or the stage.
+Kept for each parameter are the fp32 master weight and the optimizer's moments: AdamW's two, or Muon's momentum. A
+checkpoint is these ranges from all ranks; loading copies the intersections, whatever the number of ranks or the stage.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.training.engine import Engine
-
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+if TYPE_CHECKING:
+    from pretrain.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Fragment:
     """Elements [start, start + len(tensor)) of one flattened parameter, as live memory of this rank."""
 
     kind: str
-    """One of KINDS."""
+    """`weight`, or the name of a moment."""
     parameter: str
     start: int
     tensor: Tensor
@@ -33,12 +32,12 @@ class Fragment:
         return self.start + self.tensor.numel()
 
 
-def fragments(engine: Engine) -> Iterator[Fragment]:
+def fragments(engine: "Engine") -> Iterator[Fragment]:
     """Everything that this rank holds (without sharding: everything there is)."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     parameter: Any  # DeepSpeed hangs what it knows of a parameter on the parameter
     for name, parameter in engine.module.named_parameters():
-        for kind in KINDS:
+        for kind in ("weight", *engine.moments[name]):
             state_key = None if kind == "weight" else kind
             if engine.stage == 0:
                 state = engine.torch_optimizer.state[parameter]
@@ -58,7 +57,7 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
                     yield Fragment(kind, name, start, piece.detach()[:held])
 
 
-def fragments_to_save(engine: Engine) -> Iterator[Fragment]:
+def fragments_to_save(engine: "Engine") -> Iterator[Fragment]:
     """This rank's part of a checkpoint: without sharding the ranks take turns, so that each value is written once."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     for number, fragment in enumerate(fragments(engine)):

@@ -5,7 +5,7 @@ stage). W is the number of ranks, c the bytes of an element of the weights that 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ SUB_GROUP = 1_000_000_000
 
 Groups = Sequence[Sequence[int]]
 """Of each group of the optimizer, the number of elements of each of its parameters, in order."""
+Moments = Sequence[int]
+"""Of each group, how many values the optimizer keeps for an element: AdamW two, Muon one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ModelStates:
     gradients: int
     """Between two micro-batches of a step."""
     optimizer: int
-    """The two moments of AdamW and its step counters."""
+    """Moments and step counters."""
 
     @property
     def total(self) -> int:
@@ -47,24 +49,33 @@ def compute_bytes(stage: int, precision: str) -> int:
     return 2 if precision == "bf16" and stage > 0 else FP32
 
 
-def model_states(groups: Groups, stage: int, world_size: int, precision: str, accumulation: int) -> ModelStates:
+def model_states(
+    groups: Groups, moments: Moments, stage: int, world_size: int, precision: str, accumulation: int
+) -> ModelStates:
     """Of one rank at ZeRO `stage`; `accumulation` is the number of micro-batches in a step."""
     c = compute_bytes(stage, precision)
     elements = sum(map(sum, groups))
     if stage == 0:
         counters = FP32 * sum(map(len, groups))
-        return ModelStates(FP32 * elements, FP32 * elements, 2 * FP32 * elements + counters)
+        return ModelStates(FP32 * elements, FP32 * elements, FP32 * _kept(map(sum, groups), moments) + counters)
     counters = FP32 * len(groups)
     if stage == 3:
-        own = sum(math.ceil(numel / world_size) for group in groups for numel in group)
+        held = [sum(math.ceil(numel / world_size) for numel in group) for group in groups]
+        own = sum(held)
         # On one rank a partition is the whole parameter, and nothing needs to be gathered.
         kept = sum(n for group in groups for n in group if n <= PERSISTENT) if world_size > 1 else 0
-        return ModelStates((c + FP32) * own + c * kept, c * own, 2 * FP32 * own + counters)
+        return ModelStates((c + FP32) * own + c * kept, c * own, FP32 * _kept(held, moments) + counters)
     flat = [_flat(group, world_size) for group in groups]
     own = sum(flat) // world_size
     whole_gradients = stage == 1 and accumulation > 1
     gradients = elements if whole_gradients else gradient_partition(groups, world_size)
-    return ModelStates(c * sum(flat) + FP32 * own, c * gradients, 2 * FP32 * own + counters)
+    optimizer = FP32 * _kept((elements // world_size for elements in flat), moments) + counters
+    return ModelStates(c * sum(flat) + FP32 * own, c * gradients, optimizer)
+
+
+def _kept(elements: Iterable[int], moments: Moments) -> int:
+    """Values of all moments, of so many elements of each group."""
+    return sum(number * each for number, each in zip(elements, moments, strict=True))
 
 
 def _flat(group: Sequence[int], world_size: int) -> int:
@@ -116,6 +127,6 @@ def buffers(groups: Groups, stage: int, world_size: int, precision: str, accumul
     return Buffers(c * (bucket + arriving), FP32 * own if c < FP32 else 0)
 
 
-def checkpoint_bytes(groups: Groups) -> int:
-    """On disk, from all ranks together: weights and the two moments in fp32; names and JSON come on top."""
-    return 3 * FP32 * sum(map(sum, groups))
+def checkpoint_bytes(groups: Groups, moments: Moments) -> int:
+    """On disk, from all ranks together: weights and moments in fp32; names and JSON come on top."""
+    return FP32 * (sum(map(sum, groups)) + _kept(map(sum, groups), moments))

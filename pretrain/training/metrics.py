@@ -9,7 +9,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.files import write_text
 from pretrain.training.flops import FlopsPerToken
+from pretrain.training.inspection import summarize
+from pretrain.training.step import StepTotals
+from pretrain.training.timing import Timing, shares
 
 KEPT_BEFORE = 512
 """Records of earlier steps that a start may look at."""
@@ -29,10 +32,7 @@ class StepRecord:
 
     step: int
     tokens_seen: int
-    tokens: int
-    masked: int
-    rows_checksum: int
-    samples_lost: int
+    totals: StepTotals
     learning_rate: float
     grad_norm: float
     seconds: float
@@ -41,6 +41,28 @@ class StepRecord:
     """Of the whole step, where it was known before the optimizer moved."""
     skipped: str | None = None
     """Why the optimizer did not move, if it did not."""
+    squares: Tensor | None = None
+    """Of an inspected step, see `Inspection.squares`."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the steps of a flush have cost this rank."""
+
+    timing: Timing
+    peak_memory: int | None
+    """Bytes, since the run started; None where the system does not tell."""
+
+
+class _Gathered(NamedTuple):
+    """From all ranks."""
+
+    sums: list[list[float]]
+    """Of each step: summed loss, correct predictions."""
+    ranks: list[list[float]]
+    """Of each rank: seconds in all, seconds in each of SECTIONS, bytes at the peak (-1: not known)."""
+    squares: list[list[float]] | None
+    """Of the last step, if it was inspected."""
 
 
 class Metrics:
@@ -58,6 +80,8 @@ class Metrics:
         """
         self._folder, self._peak, self._rank = folder, peak, rank
         self.flops = flops
+        self.planned_memory: int | None = None
+        """Bytes that a rank should need at most, if they are known."""
         self._pending: list[StepRecord] = []
         self.before: list[dict[str, Any]] = []
         """The last records that were there already (rank 0)."""
@@ -80,62 +104,87 @@ class Metrics:
         """Keep a step's record until the next flush."""
         self._pending.append(record)
 
-    def flush(self, own_seconds: float) -> list[dict[str, Any]]:
-        """Sum over ranks and write; collective. Returns the records, the last with speeds over all of them.
-
-        `own_seconds` is what this rank needed for these steps by itself, see `OwnTime`.
-        """
+    def flush(self, usage: Usage) -> list[dict[str, Any]]:
+        """Sum over ranks and write; collective. Returns the records, the last with what all of them cost."""
         if not self._pending:
             return []
         records, self._pending = self._pending, []
-        sums, own = self._gather(torch.stack([record.sums for record in records]), own_seconds)
-        seconds = max(sum(r.seconds for r in records), 1e-9)
-        tokens, masked = sum(r.tokens for r in records), sum(r.masked for r in records)
-        rate = masked / max(tokens, 1)
-        flops_per_s = tokens * self.flops.total(rate) / seconds
-        speed: dict[str, Any] = {"tokens_per_s": tokens / seconds, "flops_per_s": flops_per_s}
-        if self._peak:
-            as_full = tokens * self.flops.total_as_full(rate) / seconds
-            speed |= {"mfu": flops_per_s / self._peak, "mfu_triangles_as_full": as_full / self._peak}
-        written: list[dict[str, Any]] = []
-        for record, (loss_sum, correct) in zip(records, sums, strict=True):
-            last: dict[str, Any] = {
-                "step": record.step,
-                "tokens": record.tokens_seen,
-                "loss": loss_sum / max(record.masked, 1) if record.loss is None else record.loss,
-                "masked_accuracy": correct / max(record.masked, 1),
-                "grad_norm": record.grad_norm,
-                "learning_rate": record.learning_rate,
-                "masked": record.masked,
-                "rows_checksum": f"{record.rows_checksum:016x}",
-                "seconds": round(record.seconds, 6),
-            }
-            if record.samples_lost:
-                last["samples_lost"] = record.samples_lost
-            if record.skipped:
-                last["skipped"] = record.skipped
-            if record is records[-1] and len(own) > 1:
-                last |= slowest(own)
-            self._write(last)
-            written.append(last)
-        last |= speed
+        gathered = self._gather(records, usage)
+        written = [self._of_step(*pair) for pair in zip(records, gathered.sums, strict=True)]
+        last = written[-1]
+        last |= self._speed(records) | self._of_ranks(gathered.ranks, usage.timing.on_gpu)
+        if gathered.squares is not None and records[-1].skipped is None:
+            last |= summarize(gathered.squares)
+        for record in written:
+            self._write(record)
         self._scalars("train", last)
         self._flush_file()
         return written
 
-    def _gather(self, sums: Tensor, own_seconds: float) -> tuple[list[list[float]], list[float]]:
-        """Sums over ranks, and every rank's own seconds; one all-reduce."""
-        if not dist.is_initialized():
-            return sums.tolist(), [own_seconds]
-        world_size = dist.get_world_size()
-        seconds = torch.zeros(world_size)
-        seconds[self._rank] = own_seconds
+    def _gather(self, records: list[StepRecord], usage: Usage) -> "_Gathered":
+        """Sums over ranks, and what every rank has to say of itself; one all-reduce."""
+        sums = torch.stack([record.sums for record in records])
+        squares = records[-1].squares
+        timing = usage.timing
+        own = [timing.elapsed, *timing.seconds, -1.0 if usage.peak_memory is None else usage.peak_memory]
+        rank, world_size = (self._rank, dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        ranks = torch.zeros(world_size, len(own), dtype=torch.float64)
+        ranks[rank] = torch.tensor(own, dtype=torch.float64)
         # In float64, where the order of adding a few float32 does not matter: a ring adds the ranks in an order that
         # differs by place in the buffer, and so by how many steps a stop left to this flush.
-        both = torch.cat([sums.flatten().double(), seconds.double().to(sums.device)])
-        dist.all_reduce(both)
-        flat = both.tolist()
-        return [flat[k : k + 2] for k in range(0, sums.numel(), 2)], flat[sums.numel() :]
+        parts = [sums.double(), ranks.to(sums.device), *([] if squares is None else [squares.to(sums.device)])]
+        both = torch.cat([part.flatten() for part in parts])
+        if dist.is_initialized():
+            dist.all_reduce(both)
+        flat = both.cpu().split([part.numel() for part in parts])
+        summed = [part.view(like.shape).tolist() for part, like in zip(flat, parts, strict=True)]
+        return _Gathered(summed[0], summed[1], summed[2] if squares is not None else None)
+
+    @staticmethod
+    def _of_step(record: StepRecord, sums: list[float]) -> dict[str, Any]:
+        loss_sum, correct = sums
+        line: dict[str, Any] = {
+            "step": record.step,
+            "tokens": record.tokens_seen,
+            "loss": loss_sum / max(record.totals.masked, 1) if record.loss is None else record.loss,
+            "masked_accuracy": correct / max(record.totals.masked, 1),
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "masked": record.totals.masked,
+            "rows_checksum": f"{record.totals.rows_checksum:016x}",
+            "seconds": round(record.seconds, 6),
+        }
+        if record.totals.samples_lost:
+            line["samples_lost"] = record.totals.samples_lost
+        if record.skipped:
+            line["skipped"] = record.skipped
+        return line
+
+    def _speed(self, records: list[StepRecord]) -> dict[str, Any]:
+        """Of some steps together; validation and saving between them are not counted."""
+        seconds = max(sum(r.seconds for r in records), 1e-9)
+        tokens, masked = sum(r.totals.tokens for r in records), sum(r.totals.masked for r in records)
+        rate = masked / max(tokens, 1)
+        flops_per_s = tokens * self.flops.total(rate) / seconds
+        speed: dict[str, Any] = {
+            "tokens_per_s": tokens / seconds,
+            "masked_tokens_per_s": masked / seconds,
+            "flops_per_s": flops_per_s,
+        }
+        if self._peak:
+            as_full = tokens * self.flops.total_as_full(rate) / seconds
+            speed |= {"mfu": flops_per_s / self._peak, "mfu_triangles_as_full": as_full / self._peak}
+        return speed
+
+    def _of_ranks(self, ranks: list[list[float]], on_gpu: bool) -> dict[str, Any]:
+        """Shares of the time on the average rank, the largest peak of memory, and the slowest rank."""
+        timings = [Timing(elapsed, tuple(seconds), on_gpu) for elapsed, *seconds, _ in ranks]
+        line: dict[str, Any] = {"time_shares": shares(timings)}
+        if (peak := max(int(of_rank[-1]) for of_rank in ranks)) >= 0:
+            line["peak_memory_bytes"] = peak
+        if self.planned_memory is not None:
+            line["planned_memory_bytes"] = self.planned_memory
+        return line | (slowest([timing.own for timing in timings]) if len(ranks) > 1 else {})
 
     def validation(self, step: int, tokens: int, loss: float, masked_accuracy: float) -> None:
         """Record a validation."""
@@ -156,7 +205,9 @@ class Metrics:
     def _scalars(self, group: str, record: dict[str, Any]) -> None:
         if self._rank == 0:
             for key in record.keys() - {"step", "rows_checksum", "seconds", "masked", "skipped", "slowest_rank"}:
-                self._board.add_scalar(f"{group}/{key}", record[key], record["step"])
+                of_key = record[key] if isinstance(record[key], dict) else {"": record[key]}
+                for part, value in of_key.items():
+                    self._board.add_scalar("/".join(filter(None, [group, key, part])), value, record["step"])
 
     def _flush_file(self) -> None:
         if self._rank == 0:

@@ -16,15 +16,16 @@ from pretrain.training.engine import Engine, accumulation_steps
 from pretrain.training.planning import Hardware, Plan, advice
 
 
-def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) -> None:
-    """Take it; collective. The engine's phase is to be entered after it.
+def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) -> int:
+    """Take it; collective. The engine's phase is to be entered after it. Returns the bytes a rank needs by plan.
 
     Raises:
         UserError: memory ran out; says what the plan advises.
     """
     devices = _hardware(engine.device, world_size)
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-        config = Plan(run, vocab_size, devices).config
+        plan = Plan(run, vocab_size, devices)
+        config = plan.config
         _, readers = config.parallel.reader(0, world_size)
         rows = min(config.training.micro_batch_size, -(-config.training.batch_size // readers))
         try:
@@ -36,10 +37,8 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
             raise UserError(
                 f"out of memory before the first step, with {shape}. {advice(run, vocab_size, devices)}"
             ) from error
-    for state in engine.torch_optimizer.state.values():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment].zero_()
-    engine.set_optimizer_steps(0)
+    engine.forget_moments()
+    return plan.need(plan.configured).total
 
 
 def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:

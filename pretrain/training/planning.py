@@ -11,13 +11,14 @@ from functools import cached_property
 
 import torch
 
-from pretrain.config import ParallelConfig, RunConfig
+from pretrain.config import OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model_config import ModelConfig
 from pretrain.training.activations import PLACES, Activations, Setting, activations
 from pretrain.training.engine import ZERO_STAGE, resolve_precision
-from pretrain.training.memory import Buffers, Groups, ModelStates, buffers, compute_bytes, model_states
-from pretrain.training.optimizer import parameter_groups
+from pretrain.training.memory import Buffers, ModelStates, buffers, checkpoint_bytes, compute_bytes, model_states
+from pretrain.training.muon import working_bytes
+from pretrain.training.optimizer import GroupSummary, parameter_groups, summarize_groups
 
 GIB = 2**30
 USABLE = 0.92
@@ -80,12 +81,33 @@ class Need:
         return self.states.total + max(self.buffers.communication + self.activations.peak, self.buffers.update)
 
 
-def group_sizes(model: ModelConfig, vocab_size: int) -> Groups:
-    """Elements of every parameter in the optimizer's groups, from the real module on the meta device."""
+@dataclass(frozen=True)
+class OptimizerShape:
+    """What the optimizer's groups hold, in order."""
+
+    sizes: list[list[int]]
+    """Elements of every parameter."""
+    moments: list[int]
+    """Values that are kept for each element."""
+    largest: int
+    """Elements of the largest matrix that Muon moves; 0 for AdamW."""
+    orthogonal: int
+    """Elements of all matrices that Muon moves."""
+    summaries: list[GroupSummary]
+
+
+def optimizer_shape(model: ModelConfig, vocab_size: int, optimizer: OptimizerConfig) -> OptimizerShape:
+    """From the real module on the meta device."""
     with torch.device("meta"):
-        module = MaskedLanguageModel(model, vocab_size)
-    groups = parameter_groups(module, weight_decay=1.0)
-    return [[parameter.numel() for parameter in group["params"]] for group in groups]
+        groups = parameter_groups(MaskedLanguageModel(model, vocab_size), optimizer)
+    matrices = [matrix.numel for group in groups for matrix in group.get("matrices", ())]
+    return OptimizerShape(
+        sizes=[[parameter.numel() for parameter in group["params"]] for group in groups],
+        moments=[len(group["moments"]) for group in groups],
+        largest=max(matrices, default=0),
+        orthogonal=sum(matrices),
+        summaries=summarize_groups(groups, optimizer.learning_rate),
+    )
 
 
 class Plan:
@@ -93,7 +115,8 @@ class Plan:
 
     def __init__(self, config: RunConfig, vocab_size: int, hardware: Hardware) -> None:
         self.run, self.vocab_size, self.hardware = config, vocab_size, hardware
-        self.groups = group_sizes(config.model, vocab_size)
+        self.optimizer = optimizer_shape(config.model, vocab_size, config.optimizer)
+        self.parameters = sum(map(sum, self.optimizer.sizes))
         phases = [config.in_phase(phase) for phase in range(len(config.phases) + 1)]
         self.phase = max(range(len(phases)), key=lambda p: self._at_once(phases[p]))
         self.config = phases[self.phase]
@@ -164,12 +187,24 @@ class Plan:
         """Bytes of the rank that needs most."""
         stage, world_size = ZERO_STAGE[choice.sharding], self.hardware.world_size
         accumulation = math.ceil(self.rows_per_rank(self.config) / choice.micro_batch_size)
-        shared = (self.groups, stage, world_size, self.precision, accumulation)
+        shape = self.optimizer
+        spread = (stage, world_size, self.precision, accumulation)
+        beside = buffers(shape.sizes, *spread, on_gpu=self.hardware.on_gpu)
+        if shape.largest:
+            # Stages 1 and 2 cut at most one matrix between two ranks; stage 3 cuts all of them.
+            shared = 0 if stage == 0 or world_size == 1 else shape.orthogonal if stage == 3 else shape.largest
+            element = 2 if self.precision == "bf16" else 4
+            beside = replace(beside, update=beside.update + working_bytes(shape.largest, shared, element))
         return Need(
-            states=model_states(*shared),
-            buffers=buffers(*shared, on_gpu=self.hardware.on_gpu),
+            states=model_states(shape.sizes, shape.moments, *spread),
+            buffers=beside,
             activations=activations(self._setting(self.config, choice)),
         )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of each checkpoint."""
+        return checkpoint_bytes(self.optimizer.sizes, self.optimizer.moments)
 
     def fits(self, choice: Choice, limit: float | None = None) -> bool:
         """Whether the peak is within `limit` bytes, by default what a plan may fill."""

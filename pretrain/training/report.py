@@ -19,6 +19,8 @@ class Report:
 
     def __init__(self, attempt: Attempt, rank: int, world_size: int, total_tokens: int) -> None:
         self._attempt, self._rank = attempt, rank
+        self.samples_lost = 0
+        """In damaged shards, as far as it was told."""
         self.status = Status(heartbeat=time.time(), total_tokens=total_tokens, attempt=attempt.number, ranks=world_size)
 
     def event(self, text: str) -> None:
@@ -37,8 +39,20 @@ class Report:
             status.loss, status.masked_accuracy = record["loss"], record["masked_accuracy"]
             status.learning_rate, status.tokens_per_s = record["learning_rate"], record["tokens_per_s"]
             status.flops_per_s, status.mfu = record["flops_per_s"], record.get("mfu")
+            status.time_shares, status.peak_memory_bytes = record["time_shares"], record.get("peak_memory_bytes")
+            status.planned_memory_bytes = record.get("planned_memory_bytes")
             status.seconds_left = max(status.total_tokens - status.tokens, 0) / record["tokens_per_s"]
         self._write()
+
+    def samples_lost_by(self, step: int, samples: int) -> None:
+        """So many samples were lost by the end of a step: an event, if they are more than before."""
+        if samples > self.samples_lost:
+            more = samples - self.samples_lost
+            self.event(
+                f"step {step}: {more:,} samples of damaged shards skipped, {samples:,} in all; the ranks' logs name "
+                "the shards"
+            )
+            self.samples_lost = samples
 
     def failed(self, error: Exception) -> None:
         """The run ends with an error of its own."""

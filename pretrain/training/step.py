@@ -1,9 +1,8 @@
 """The arithmetic of one optimizer step: what all ranks agree on first, then forward, backward and update."""
 
 import math
-import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,45 +14,8 @@ from pretrain.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.engine import Engine
-
-
-class OwnTime:
-    """Seconds that a rank spends on its own, not waiting for others: reading rows, and its forward passes.
-
-    On a GPU these are measured by events, which are read when the step is over: nothing waits for the device. Under
-    `sharding: full` ranks gather weights from each other in the forward pass too, and those that share rows exchange
-    heads, so there it tells less.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._seconds, self._started = 0.0, 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def start(self) -> None:
-        """A forward pass begins."""
-        if self._on_gpu:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        else:
-            self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """It is launched, and on a CPU it is done."""
-        if self._on_gpu:
-            self._events[-1][1].record()
-        else:
-            self._seconds += time.perf_counter() - self._started
-
-    def add(self, seconds: float) -> None:
-        """Spent elsewhere, on the host."""
-        self._seconds += seconds
-
-    def take(self) -> float:
-        """All since the last call, whose steps must be over."""
-        on_gpu = sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        seconds, self._seconds, self._events = self._seconds + on_gpu, 0.0, []
-        return seconds
+from pretrain.training.inspection import Inspection
+from pretrain.training.timing import StepClock
 
 
 @dataclass(frozen=True)
@@ -123,7 +85,8 @@ def train_step(
     world_size: int,
     dropout_key: tuple[int, int, int] | None = None,
     refuse: Callable[[Tensor], bool] | None = None,
-    clock: "OwnTime | None" = None,
+    clock: StepClock | None = None,
+    inspection: Inspection | None = None,
 ) -> Tensor:
     """Forward and backward over the micro-batches of this rank's rows, then the update.
 
@@ -131,34 +94,57 @@ def train_step(
     micro-batches: not a mean of means. ZeRO divides gradients by the number of ranks, hence the factor.
     `dropout_key` is (seed, step, rank), None without dropout. `refuse` is given this rank's sums when all of them are
     known, and says, on all ranks alike, that the optimizer must not move: then the last gradients are made NaN, which
-    the engine skips at every sharding. `clock` measures the forward passes.
+    the engine skips at every sharding. `clock` is told what is done when, and `inspection` looks at gradients and
+    weights around the update.
 
     Returns:
         float32 [2] on the device: this rank's summed loss in nats, and its correctly predicted positions.
     """
+    clock = clock or StepClock(engine.device)
     sums = torch.zeros(2, device=engine.device)
     scale = world_size / max(totals.masked, 1)
     micro_batches = list(batch.split(micro_batch_size))
     for number, micro_batch in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
         if dropout_key is not None:
             torch.manual_seed(dropout_seed(*dropout_key, number))
         placed = engine.place(micro_batch)
-        if clock is not None:
-            clock.start()
-        losses, correct = engine.forward(*placed)
-        if clock is not None:
-            clock.stop()
+        with clock.section("forward"):
+            losses, correct = engine.forward(*placed)
         loss = losses.sum()
         sums += torch.stack((loss.detach(), correct.sum()))
-        if refuse is not None and number == len(micro_batches) - 1 and refuse(sums):
+        if refuse is not None and last and refuse(sums):
             scale = math.nan
-        engine.backward(loss * scale)
-        engine.step()
+        with clock.section("backward"):
+            engine.backward(loss * scale)
+        if inspection is not None and last:
+            inspection.before_update()
+        with clock.section("optimizer"):
+            engine.step()
+    if inspection is not None:
+        inspection.after_update()
     return sums
 
 
 @torch.no_grad()
-def evaluate_batch(engine: Engine, batch: Batch) -> Tensor:
-    """float32 [3] on the device: summed loss in nats, correct predictions, masked positions."""
-    losses, correct = engine.forward(*engine.place(batch))
-    return torch.stack((losses.sum(), correct.sum(), torch.tensor(float(len(losses)), device=engine.device)))
+def evaluate(engine: Engine, batches: Iterable[Batch], stop: Callable[[], bool]) -> Tensor | None:
+    """Sums over all ranks' batches, or None where `stop`, which is asked before each, says so; collective.
+
+    Returns:
+        float32 [3] on the device: summed loss in nats, correct predictions, masked positions.
+    """
+    engine.eval()
+    sums = torch.zeros(3, device=engine.device)
+    cut_off = False
+    for batch in batches:
+        cut_off = stop()
+        if cut_off:
+            break
+        losses, correct = engine.forward(*engine.place(batch))
+        sums += torch.stack((losses.sum(), correct.sum(), torch.tensor(float(len(losses)), device=engine.device)))
+    engine.train()
+    if cut_off:
+        return None
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums

@@ -1,8 +1,7 @@
 """The training loop, from the newest checkpoint to the last token."""
 
 import math
-import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.batch import Batch
 from pretrain.config import RunConfig, check_topology
 from pretrain.data.loader import StepRows, training_steps, validation_batches
 from pretrain.data.manifest import load_manifest
@@ -21,16 +21,21 @@ from pretrain.training.attempt import agree_on_attempt
 from pretrain.training.checkpoint import TrainingState, load_state, remove_leftovers
 from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
 from pretrain.training.checkpoint_save import CheckpointSaver
-from pretrain.training.engine import Engine
+from pretrain.training.engine import Engine, load_deepspeed
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.guards import Guard
-from pretrain.training.metrics import Metrics, StepRecord, Stopwatch, Straggler
+from pretrain.training.inspection import Inspection
+from pretrain.training.metrics import Metrics, StepRecord, Stopwatch, Straggler, Usage
 from pretrain.training.mock_step import mock_step
+from pretrain.training.peak_memory import PeakMemory
 from pretrain.training.processes import StopRequest
+from pretrain.training.profiled_steps import requested_steps
+from pretrain.training.profiling import StepProfiler
 from pretrain.training.report import Report
 from pretrain.training.run_folder import write_environment
 from pretrain.training.schedule import learning_rate
-from pretrain.training.step import OwnTime, StepTotals, agree_on_step, any_rank, evaluate_batch, train_step
+from pretrain.training.step import StepTotals, agree_on_step, any_rank, evaluate, train_step
+from pretrain.training.timing import StepClock, time_collectives
 from pretrain.training.watchdog import AGREEING, READING, Watchdog
 
 MAX_ROLLBACKS = 3
@@ -59,23 +64,29 @@ class Trainer:
         self.manifest = load_manifest(config.corpus.path)
         vocab_size = self.manifest.tokenizer.vocab_size
 
+        load_deepspeed(device)
+        self.peak_memory = PeakMemory(device)
         torch.manual_seed(config.seed)
         model = MaskedLanguageModel(config.model, vocab_size)
         self.engine = Engine(model, config, world_size, device)
-        mock_step(self.engine, config, vocab_size, world_size)
+        planned_memory = mock_step(self.engine, config, vocab_size, world_size)
         self.report.status.precision = self.engine.precision
         self._phase, self._is_cold = 0, True
         self.state = self._resume()
         self._saved_step, self._rollbacks = self.state.step, 0
-        self._samples_lost = int(self.state.stream.lost.sum())
+        self.report.samples_lost = int(self.state.stream.lost.sum())
 
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(device_name)
         flops = flops_per_token(config.model, vocab_size, config.data.sequence_length)
         self.metrics = Metrics(config.run_folder, self.state.step, flops, peak and peak * world_size, rank)
+        self.metrics.planned_memory = planned_memory
         self.guard, self.straggler = Guard(config.training), Straggler()
         self._look_back()
-        self.stopwatch, self.own_time = Stopwatch(), OwnTime(device)
+        self.stopwatch, self.clock = Stopwatch(), StepClock(device)
+        if not self.clock.on_gpu:
+            time_collectives(self.engine.collectives, self.clock)
+        self.profiler = StepProfiler(config.run_folder, requested_steps(), rank, device)
         if rank == 0:
             write_environment(config.run_folder, world_size, self.engine.precision, device_name)
 
@@ -98,18 +109,22 @@ class Trainer:
             self._validate()
         self.stopwatch.lap()
         while self.state.tokens_seen < config.tokens:
+            self.clock.marked = self.profiler.begin(self.state.step + 1)
             self._note(READING, patient=self._is_cold)
-            began = time.perf_counter()
-            rows = next(steps)
-            self.own_time.add(time.perf_counter() - began)
+            with self.clock.section("data"):
+                rows = next(steps)
             self._note(AGREEING, patient=self._is_cold)
             lost = rows.state.lost[self.reader[0] :: self.reader[1]].sum()
-            totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested, self.engine.sequence)
+            with self.clock.section("communication"):
+                totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested, self.engine.sequence)
             if totals.stop:
                 return self._stop(steps)
             self._note("computing", patient=self._is_cold)
             self._step(rows, totals)
             self._is_cold = False
+            if trace := self.profiler.end(self.state.step):
+                self.report.event(trace)
+                self.stopwatch.lap()
             if self.guard.reason is not None:
                 self._after_a_skipped_step()
             step = self.state.step
@@ -205,7 +220,8 @@ class Trainer:
             nonlocal loss, objection
             summed = sums[0].double()  # as in the metrics: in any order
             if dist.is_initialized():
-                dist.all_reduce(summed)
+                with self.clock.section("communication"):
+                    dist.all_reduce(summed)
             loss = float(summed) / max(totals.masked, 1)
             objection = guard.objection(loss)
             return objection is not None
@@ -213,19 +229,20 @@ class Trainer:
         tokens_seen = self.state.tokens_seen + totals.tokens
         rate = learning_rate(tokens_seen, config.training.tokens, config.optimizer.learning_rate, config.schedule)
         self.engine.set_learning_rate(rate)
-        self._report_loss_of(totals.samples_lost)
+        self.report.samples_lost_by(self.state.step + 1, totals.samples_lost)
         self.engine.see_tokens(self.state.tokens_seen)
         dropout_key = (config.seed, self.state.step, self.rank) if config.model.dropout else None
-        micro_batch_size = config.training.micro_batch_size
+        inspection = Inspection(self.engine) if (self.state.step + 1) % config.training.log_every == 0 else None
         sums = train_step(
             self.engine,
             rows.batch,
             totals,
-            micro_batch_size,
+            config.training.micro_batch_size,
             self.world_size,
             dropout_key,
             refuse if config.training.spikes != "off" else None,
-            self.own_time,
+            self.clock,
+            inspection,
         )
         grad_norm = self.engine.grad_norm
         if objection is None and not math.isfinite(grad_norm):
@@ -247,26 +264,16 @@ class Trainer:
             StepRecord(
                 step=self.state.step,
                 tokens_seen=tokens_seen,
-                tokens=totals.tokens,
-                masked=totals.masked,
-                rows_checksum=totals.rows_checksum,
-                samples_lost=totals.samples_lost,
+                totals=totals,
                 learning_rate=rate,
                 grad_norm=grad_norm,
                 seconds=self.stopwatch.lap(),
                 sums=sums,
                 loss=loss,
                 skipped=objection,
+                squares=None if inspection is None else inspection.squares,
             )
         )
-
-    def _report_loss_of(self, samples: int) -> None:
-        if samples > self._samples_lost:
-            self.report.event(
-                f"step {self.state.step + 1}: {samples - self._samples_lost:,} samples of damaged shards skipped, "
-                f"{samples:,} in all; the ranks' logs name the shards"
-            )
-            self._samples_lost = samples
 
     def _after_a_skipped_step(self) -> None:
         guard = self.guard
@@ -317,25 +324,16 @@ class Trainer:
     def _validate(self) -> bool:
         """Measure the validation loss; False if a stop request cut it off, which leaves it for the next start."""
         self._progress("validating")
-        self.engine.eval()
         self.engine.see_tokens(self.state.tokens_seen)
-        sums = torch.zeros(3, device=self.engine.device)
-        micro_batch_size = self.config.training.micro_batch_size
-        cut_off = False
         self._note("validating", patient=True)
-        shape = *self.reader, micro_batch_size
-        for batch in validation_batches(self.config, self.manifest, *shape, on_any_rank=any_rank):
-            cut_off = any_rank(self.stop_request.requested)
-            if cut_off:
-                break
-            sums += evaluate_batch(self.engine, batch)
-            self._note("validating", patient=self.report.status.validation_step is None)
-        self.engine.train()
-        self._validation_is_due = cut_off
-        if cut_off:
+        shape = *self.reader, self.config.training.micro_batch_size
+        batches = validation_batches(self.config, self.manifest, *shape, on_any_rank=any_rank)
+        with self.clock.section("validation"):
+            sums = evaluate(self.engine, self._noted(batches), lambda: any_rank(self.stop_request.requested))
+        self._validation_is_due = sums is None
+        if sums is None:
             self.report.event(f"step {self.state.step}: validation left for the next start")
             return False
-        dist.all_reduce(sums)
         loss_sum, correct, masked = sums.tolist()
         loss, accuracy = loss_sum / max(masked, 1), correct / max(masked, 1)
         self.metrics.validation(self.state.step, self.state.tokens_seen, loss, accuracy)
@@ -345,6 +343,12 @@ class Trainer:
         self.stopwatch.lap()
         return True
 
+    def _noted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of a validation; the watchdog hears of each that is done."""
+        for batch in batches:
+            yield batch
+            self._note("validating", patient=self.report.status.validation_step is None)
+
     def _save(self, *, last: bool = False) -> None:
         """Save; the last one of a run is on the disk when this returns."""
         self._log()
@@ -353,7 +357,8 @@ class Trainer:
         self._note("saving", patient=True)
         self.attempt.check_together()
         self._progress("saving")
-        self.saver.save(self.state, at_once=last)
+        with self.clock.section("saving"):
+            self.saver.save(self.state, at_once=last)
         error = self._report_saves()
         if last and error is not None:
             raise OSError(f"the run ends without its last steps: {error}")
@@ -384,6 +389,8 @@ class Trainer:
 
     def _close(self, state: str, steps: Iterator[StepRows]) -> None:
         del steps
+        if trace := self.profiler.close(self.state.step):
+            self.report.event(trace)
         self.metrics.close()
         self._progress(state)
 
@@ -395,7 +402,7 @@ class Trainer:
 
     def _log(self) -> None:
         self.attempt.check_together()
-        records = self.metrics.flush(self.own_time.take())
+        records = self.metrics.flush(Usage(self.clock.take(), self.peak_memory.bytes()))
         for record in records:
             if self.config.training.spikes == "off" and "skipped" not in record:
                 self._learn(record)

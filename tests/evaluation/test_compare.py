@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from launch.evaluate import parse_duration, parse_lengths, runs_meant
+from launch.evaluate import parse_duration, parse_lengths
+from launch.runs import runs_meant
 from pretrain.config import to_yaml
 from pretrain.errors import UserError
 from pretrain.evaluation.compare import read_groups, table_rows, write_comparison
@@ -15,7 +16,7 @@ from tests.browser import CHROMIUM, Browser
 @pytest.fixture
 def runs(trained, evaluated, tmp_path):
     """Three runs: two seeds of one kind, the second with a loss higher by 0.2, and one of another kind."""
-    for name, seed, added, heads in (("a", 7, 0.0, 2), ("b", 8, 0.2, 2), ("c", 7, 1.0, 4)):
+    for name, seed, added, heads in (("two-seed7", 7, 0.0, 2), ("two-seed8", 8, 0.2, 2), ("c", 7, 1.0, 4)):
         model = trained.model.model_copy(update={"num_heads": heads})
         config = trained.model_copy(update={"name": name, "seed": seed, "model": model, "runs": tmp_path / "runs"})
         results = [r.model_copy(update={"loss": r.loss + added}) for r in evaluated.report.results]
@@ -30,21 +31,22 @@ def runs(trained, evaluated, tmp_path):
 def test_runs_that_differ_in_their_seed_alone_are_averaged(runs, evaluated, tmp_path):
     assert runs_meant([runs.name], runs.parent) == runs_meant([str(runs)], runs)
     groups = read_groups(runs_meant([str(runs)], runs))
-    assert [[r.run for r in group.reports] for group in groups] == [["a", "b"], ["c"]]
+    assert [[r.run for r in group.reports] for group in groups] == [["c"], ["two-seed7", "two-seed8"]]
+    assert [group.name for group in groups] == ["c", "two"]
     loss = evaluated.report.result(1).loss
-    mean = groups[0].mean("loss", 1)
+    mean = groups[1].mean("loss", 1)
     assert mean == (pytest.approx(loss + 0.1), pytest.approx(loss), pytest.approx(loss + 0.2))
     write_comparison(tmp_path / "out", groups)
     text = (tmp_path / "out" / "compare.md").read_text()
     header, rows = table_rows(groups)
-    assert f"{loss + 0.1:.3f} ({loss:.3f} to {loss + 0.2:.3f})" in rows[0]
+    assert f"{loss + 0.1:.3f} ({loss:.3f} to {loss + 0.2:.3f})" in rows[1]
     for row in (header, *rows):
         assert f"| {' | '.join(row)} |" in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install Debian's package chromium")
 def test_the_comparison_renders_on_a_phone(runs, tmp_path):
-    write_comparison(tmp_path / "out", read_groups(runs_meant([str(runs / "a"), "c"], runs)))
+    write_comparison(tmp_path / "out", read_groups(runs_meant([str(runs / "two-seed7"), "c"], runs)))
     page = tmp_path / "out" / "compare.html"
     fits, charts = (
         "document.documentElement.scrollWidth <= window.innerWidth",
@@ -62,10 +64,10 @@ def test_what_cannot_be_compared_is_refused(runs, evaluated):
     provenance = evaluated.report.provenance.model_copy(update={"fingerprint": "f" * 64})
     write_json(path, evaluated.report.model_copy(update={"provenance": provenance}).model_dump(mode="json"))
     with pytest.raises(UserError, match="different corpora"):
-        read_groups([runs / "a", runs / "c"])
+        read_groups([runs / "two-seed7", runs / "c"])
     shutil.rmtree(runs / "c" / "evaluation")
     with pytest.raises(UserError, match="diptych evaluate context"):
-        read_groups([runs / "a", runs / "c"])
+        read_groups([runs / "two-seed7", runs / "c"])
     with pytest.raises(UserError, match="no run 'd'"):
         runs_meant(["d"], runs)
 

@@ -141,13 +141,14 @@ def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    cancel(run, Console())
+    # Of a sweep, those members that are at work.
+    cancel([run, run.with_name("waiting")], Console())
     assert holder.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_a_run_that_is_not_at_work_cannot_be_cancelled(run):
     with pytest.raises(UserError, match="first is neither queued nor running"):
-        cancel(run, Console())
+        cancel([run], Console())
 
 
 def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):

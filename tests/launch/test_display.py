@@ -46,6 +46,21 @@ def test_utilisation_takes_the_place_of_flops_where_it_is_known():
     assert display.numbers(status(3)) == ["step 3"]
 
 
+COSTS = {
+    "time_shares": {"data": 0.021, "forward_backward": 0.804, "communication": 0.17, "saving": 0.0, "other": 0.0049},
+    "peak_memory_bytes": 3 * 2**30,
+    "planned_memory_bytes": 5 * 2**29,
+}
+
+
+def test_a_terminal_tells_where_the_time_goes_and_the_memory_beside_the_plan():
+    to = console(terminal=True)
+    with TerminalDisplay(to) as shown:
+        shown.update(status(120, **MEASURED, **COSTS))
+    assert "data 2% · forward+backward 80% · communication 17% · memory 3 GiB (plan 2.5)\n" in written(to)
+    assert display.costs(status(3)) == []
+
+
 def test_everything_fits_on_a_terminal_of_80_columns():
     to = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     with TerminalDisplay(to) as shown:

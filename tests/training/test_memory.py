@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.batch import Batch
-from pretrain.config import validate
+from pretrain.config import OptimizerConfig, validate
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.memory import BUCKET, LIVE, PERSISTENT, SUB_GROUP, gradient_partition, model_states
@@ -36,7 +36,7 @@ def config_of(sharding: str, precision: str, world_size: int):
 
 
 def group_sizes(model: torch.nn.Module) -> list[list[int]]:
-    return [[p.numel() for p in group["params"]] for group in parameter_groups(model, 0.1)]
+    return [[p.numel() for p in group["params"]] for group in parameter_groups(model, OptimizerConfig())]
 
 
 def storages() -> dict[int, int]:
@@ -82,7 +82,7 @@ def measure(rank, world_size):
 def test_model_states_are_exactly_those_of_a_real_engine_on_the_rank_that_holds_most(tmp_path, world_size):
     ranks = run_on_ranks(measure, world_size, tmp_path / "ranks", world_size)
     for (sharding, precision), (_, optimizer, groups) in ranks[0].items():
-        planned = model_states(groups, STAGES[sharding], world_size, precision, accumulation=4)
+        planned = model_states(groups, [2, 2], STAGES[sharding], world_size, precision, accumulation=4)
         assert planned.optimizer == optimizer, (sharding, precision)
         most = max(rank[sharding, precision][0] for rank in ranks)
         # What DeepSpeed keeps beside them: flags and norms of a few bytes, and the batch of this test.

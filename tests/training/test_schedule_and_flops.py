@@ -5,13 +5,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.batch import Batch
-from pretrain.config import ModelConfig, ScheduleConfig
+from pretrain.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pretrain.model.attention import allowed_pairs
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.optimizer import parameter_groups
 from pretrain.training.schedule import learning_rate
+
+ADAMW = OptimizerConfig(weight_decay=0.1)
 
 
 def test_the_learning_rate_rises_stays_and_falls_by_tokens():
@@ -27,7 +29,7 @@ def test_the_learning_rate_rises_stays_and_falls_by_tokens():
 def test_weight_decay_spares_norms_and_embeddings(tied):
     model = MaskedLanguageModel(ModelConfig(tie_embeddings=tied, positions="learned", max_positions=16), 50)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, ADAMW))
     assert decayed | kept == set(names.values())
     assert {n for n in kept if "norm" not in n} == {"encoder.embedding.weight", "encoder.position_embedding.weight"}
     assert ("head.weight" in decayed) == (not tied)
@@ -39,7 +41,7 @@ def test_under_mup_hidden_matrices_have_learning_rate_over_width_and_the_decay_o
     names = {id(p): n for n, p in model.named_parameters()}
     groups = {
         (group["lr_scale"], group["weight_decay"]): {names[id(p)] for p in group["params"]}
-        for group in parameter_groups(model, 0.1)
+        for group in parameter_groups(model, ADAMW)
     }
     assert groups.keys() == {(0.25, 0.4), (1.0, 0.1), (1.0, 0.0)}
     assert groups[1.0, 0.1] == {"head.weight"}

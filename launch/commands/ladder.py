@@ -1,0 +1,95 @@
+"""`diptych ladder`: one recipe at several sizes, and what the next size would come to."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.commands.arguments import Config, Overrides, RunByDefault, resumable
+
+app = typer.Typer(
+    cls=RunByDefault,
+    no_args_is_help=True,
+    help="Train a config at several sizes and predict the next; `ladder CONFIG` is short for `ladder run CONFIG`.",
+)
+
+
+@app.command("run")
+def ladder_run(
+    config: Config,
+    changes: Overrides = None,
+    sizes: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Sizes of configs/model/, or config files that set one.")
+    ] = "1m,4m,15m",
+    seeds: Annotated[str, typer.Option(metavar="A,B", help="Train every size with each of these.")] = "1",
+    budget: Annotated[
+        str | None, typer.Option(metavar="FLOPS", help="Of all trainings together, for instance 2e15.")
+    ] = None,
+    tokens_per_parameter: Annotated[
+        float, typer.Option(min=0, metavar="T", help="How long, where there is no --budget.")
+    ] = 20.0,
+    local: Annotated[bool, typer.Option("--local", help="Train here, one after another, instead of on Slurm.")] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --local: processes of each run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; do nothing.")] = False,
+) -> None:
+    """Train a config at several sizes, each on as many tokens per parameter, and predict the next size's loss.
+
+    A ladder is a sweep: runs in a folder of its own, trained here or as a Slurm array; the same command goes on with
+    it. Where the sizes share no learning rate of their own, use model.parametrization=mup.
+
+    [bold]Example:[/bold] diptych ladder books name=books-ladder --sizes 1m,4m,15m --budget 5e15 --local
+    """
+    from launch.display import make_console, say
+    from launch.ladder import parse_flops, parse_seeds, plan_ladder
+    from launch.ladder_report import plan_table
+    from launch.sweep import run_here, show_sweep, submit_sweep
+
+    console = make_console()
+    with resumable():
+        sweep, ladder = plan_ladder(
+            config,
+            [*(changes or [])],
+            sizes.split(","),
+            seeds=parse_seeds(seeds),
+            tokens_per_parameter=tokens_per_parameter,
+            budget=parse_flops(budget) if budget else None,
+        )
+        console.print(plan_table(sweep.name, ladder))
+        if dry_run:
+            show_sweep(sweep, console)
+            return
+        sweep.write()
+        ladder.write(sweep.folder)
+        if not local:
+            submit_sweep(sweep, console)
+            say(console, f"afterwards: `diptych ladder show {sweep.name}`")
+            return
+        exit_code = run_here(sweep, nproc, console)
+    if exit_code == 0:
+        _show(sweep.folder)
+    raise typer.Exit(exit_code)
+
+
+@app.command("show")
+def ladder_show(
+    ladder: Annotated[str, typer.Argument(metavar="LADDER", help="A ladder's name, or the path of its folder.")],
+    folder: Annotated[Path, typer.Option(help="Where ladders are looked for by name.")] = Path("runs"),
+) -> None:
+    """Fit the law to the runs that are finished, check it on the largest size, and predict the next.
+
+    [bold]Example:[/bold] diptych ladder show books-ladder
+    """
+    _show((folder / ladder if (folder / ladder).is_dir() else Path(ladder)).absolute())
+
+
+def _show(folder: Path) -> None:
+    import time
+
+    from launch.display import make_console, say
+    from launch.ladder_report import findings, read_climbed, rungs_table, write_report
+
+    climbed, console = read_climbed(folder, time.time()), make_console()
+    console.print(rungs_table(climbed))
+    for line in findings(climbed):
+        say(console, line)
+    say(console, f"report: {write_report(folder, climbed)}")
