@@ -30,7 +30,7 @@ RunOnRanks = Callable[[Plan, Path, int], None]
 LITTLE_LEARNED = 0.95
 """A loss at 1x above this share of that of token frequencies alone is cautioned against."""
 FEW_DOCUMENTS = 20
-"""Fewer than these are cautioned against: the bootstrap over documents (Efron, 1979) is known to be too narrow then."""
+"""Fewer than these are cautioned against: the spread between them is hardly known, and resampling cannot add to it."""
 STAGES = {"scores": "losses", "task": "tasks", "attention": "attention", "pseudo": "single masks"}
 
 
