@@ -186,8 +186,8 @@ def cautions(results: Sequence[LengthResult], documents: int, unigram_loss: floa
     found, base = [], next(r for r in results if r.multiple == 1)
     if base.loss > LITTLE_LEARNED * unigram_loss:
         found.append(
-            f"Caution: at 1x the loss, {base.loss:.3f}, is hardly below the {unigram_loss:.3f} of token frequencies "
-            "alone: this encoder has learned little yet, and may read otherwise once it has."
+            f"Caution: at 1x the loss is {base.loss:.3f}, and token frequencies alone cost {unigram_loss:.3f}: this "
+            "encoder has learned little yet, and may read otherwise once it has."
         )
     if documents < FEW_DOCUMENTS:
         found.append(f"Caution: all windows come from {documents} documents; intervals over so few are too narrow.")
