@@ -119,3 +119,8 @@ class SupervisionConfig(Section):
     """No step and no batch of a validation is completed on a rank for so many seconds."""
     long_silence_s: Annotated[float, Field(gt=0)] = 1800.0
     """The same while a rank starts, compiles, or loads or saves a checkpoint."""
+
+    @property
+    def collective_s(self) -> float:
+        """Seconds after which a collective fails by itself: a while after the watchdog would have ended the run."""
+        return max(self.silence_s, self.long_silence_s) + 120.0

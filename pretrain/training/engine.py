@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
+from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.fragments import fragments
 from pretrain.training.muon import Muon, Piece, initial_state
 from pretrain.training.optimizer import build_optimizer, summarize_groups
@@ -69,7 +71,8 @@ def compile_blocks(encoder: Encoder, backend: str | Callable[..., Any] = "induct
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches per rank and step."""
-    return math.ceil(config.training.batch_size / world_size / config.training.micro_batch_size)
+    _, readers = config.parallel.reader(0, world_size)
+    return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
 
 
 def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
@@ -110,6 +113,8 @@ class Engine:
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
         deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
+        self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
+        """The ranks that this one shares its rows with, if it does."""
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
         self._encoder = model.encoder
@@ -178,6 +183,13 @@ class Engine:
         from deepspeed.comm import comm
 
         return comm.cdb
+
+    def place(self, batch: Batch) -> tuple[Batch, AttentionLayout]:
+        """Rows of this rank, on its device, with their layout: the part of them that it holds of shared rows."""
+        layout = AttentionLayout.from_batch(batch)
+        if self.sequence is not None:
+            batch, layout = self.sequence.own_positions(batch), layout.over(self.sequence)
+        return batch.to(self.device), layout.to(self.device)
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """`MaskedLanguageModel.forward`, sharded and in the run's precision."""
