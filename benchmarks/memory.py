@@ -7,6 +7,7 @@ imported. Beside it stand the highest while the model was built, and what `dipty
 
 import argparse
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -74,7 +75,7 @@ def measure_rank(rank: int, size: int, sharding: str, ranks: int, folder: str) -
     peak = PeakMemory(device)
     model = build_model(config, VOCABULARY, ranks, device)
     engine = Engine(model, config, ranks, device)
-    parameters = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
+    parameters = sum(map(math.prod, engine.parameter_shapes.values()))
     built = peak.bytes()
     planned = mock_step(engine, config, VOCABULARY, ranks)
     stepped = peak.bytes()

@@ -2,7 +2,7 @@
 
 Trains a small encoder of each width for a few steps on one batch and measures how far each part of it has moved from
 its beginning (Yang et al., arXiv 2203.03466, appendix D.1). Where one learning rate serves all widths, lines are flat.
-Writes results/width.json and docs/images/coordinate-check.png.
+Writes results/width.json and docs/images/coordinate-check.png, or with `--optimizer muon` results/width-muon.json.
 """
 
 import argparse
@@ -111,16 +111,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="only adamw is drawn")
+    parser.add_argument("--largest", type=int, default=WIDTHS[-1])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/coordinate-check.png"))
     chosen = parser.parse_args()
     on = machine()
-    moved = {k: [movement(k, width, chosen.steps, chosen.learning_rate) for width in WIDTHS] for k in KINDS}
-    grows = {kind: slopes(WIDTHS, moved[kind]) for kind in KINDS}
-    settings = {"steps": chosen.steps, "learning_rate": chosen.learning_rate, "widths": WIDTHS}
+    how = chosen.steps, chosen.learning_rate, chosen.optimizer
+    widths = [width for width in WIDTHS if width <= chosen.largest]
+    moved = {kind: [movement(kind, width, *how) for width in widths] for kind in KINDS}
+    grows = {kind: slopes(widths, moved[kind]) for kind in KINDS}
+    settings = {
+        "optimizer": chosen.optimizer,
+        "steps": chosen.steps,
+        "learning_rate": chosen.learning_rate,
+        "widths": widths,
+    }
     record = {"format": 1, "machine": on, "command": command(), **settings, "moved": moved, "slopes": grows}
-    write_json(chosen.out / "width.json", record)
-    draw(chosen.plot, WIDTHS, moved)
+    name = "width.json" if chosen.optimizer == "adamw" else f"width-{chosen.optimizer}.json"
+    write_json(chosen.out / name, record)
+    if chosen.optimizer == "adamw":
+        draw(chosen.plot, widths, moved)
     for kind in KINDS:
         print(kind, {name: round(slope, 2) for name, slope in grows[kind].items()})
 

@@ -112,8 +112,8 @@ def plan_ladder(
         UserError: fewer than two sizes, one that does not exist, two of one size, or too few tokens for some size.
     """
     found = sorted((_size(config_name, overrides, name) for name in sizes), key=lambda size: size.parameters)
-    if len({size.name for size in found}) < 2:
-        raise UserError(f"a ladder needs two sizes or more, for instance --sizes 1m,4m,15m; given: {', '.join(sizes)}")
+    if len(found) < 2 or len({size.name for size in found}) < len(found):
+        raise UserError(f"a ladder needs several different sizes, such as --sizes 1m,4m,15m; given: {', '.join(sizes)}")
     if budget is not None:
         per_token = sum(size.flops_per_token * size.parameters for size in found) * len(seeds)
         tokens_per_parameter = budget / per_token

@@ -211,9 +211,10 @@ def write_report(folder: Path, climbed: Climbed) -> Path:
     """Write ladder.md, results.json and ladder.png; returns the first."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rung_rows(climbed)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = "\n\n".join([f"# Ladder {climbed.name}", rows, *findings(climbed), f"![loss over compute]({PLOT})", _NOTE])
+    found = findings(climbed)
+    text = "\n\n".join([f"# Ladder {climbed.name}", rows, *found, f"![loss over compute]({PLOT})", _NOTE])
     write_text(folder / MARKDOWN, f"{text}\n")
-    write_json(folder / RESULTS, {"format": 1, "losses": climbed.losses, "findings": findings(climbed)})
+    write_json(folder / RESULTS, {"format": 1, "losses": climbed.losses, "findings": found})
     _plot(folder / PLOT, climbed)
     return folder / MARKDOWN
 

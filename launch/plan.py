@@ -208,6 +208,14 @@ def _notes(plan: Plan) -> list[str]:
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
         "sharding full, only its part",
     ]
+    shared = plan.run.parallel.sequence
+    if shared > 1:
+        positions = plan.config.data.sequence_length // shared
+        sent = size(plan.sent_for_attention(plan.recommended() or plan.configured))
+        notes.append(
+            f"every row is shared by {shared} ranks, {positions:,} positions each; for attention a rank sends {sent} "
+            "to the others of its group in a step"
+        )
     if plan.phase:
         notes.insert(0, f"phase {plan.phase} has the largest micro-batches; the plan is for it")
     return notes

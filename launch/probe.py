@@ -8,7 +8,10 @@ from rich.console import Console
 from launch.display import StageProgress, say
 from launch.local import num_cores
 from launch.tables import table
-from pretrain.evaluation.probes import COLUMNS, TABLE, Attention, Positions, ProbeSettings, run_argmax, table_rows
+from pretrain.evaluation import passkey_grid as passkeys
+from pretrain.evaluation.argmax import COLUMNS, Positions, ProbeSettings, run_argmax, table_rows
+from pretrain.evaluation.passkey import PasskeySettings, Pattern
+from pretrain.evaluation.probes import TABLE, Attention
 
 
 def argmax(
@@ -26,4 +29,22 @@ def argmax(
             folder, attentions, positions, seeds, settings, processes=num_cores(), report=progress.report
         )
     console.print(table("Where is the largest of 64 values?", COLUMNS, table_rows(kinds), numbers_from=2))
+    say(console, f"report: {folder / TABLE}")
+
+
+def passkey(
+    folder: Path,
+    attentions: Sequence[Attention],
+    patterns: Sequence[Pattern],
+    num_seeds: int,
+    steps: int,
+    console: Console,
+) -> None:
+    """Run the passkey probe in `folder` and print the table of whole keys."""
+    settings, seeds = PasskeySettings(steps=steps), range(num_seeds)
+    kinds = [(attention, pattern) for attention in attentions for pattern in patterns]
+    with StageProgress(console) as progress:
+        results = passkeys.run_passkey(folder, kinds, seeds, settings, processes=num_cores(), report=progress.report)
+    rows = passkeys.table_rows(results, "keys")
+    console.print(table(passkeys.TITLES["keys"], passkeys.columns(settings), rows, numbers_from=3))
     say(console, f"report: {folder / TABLE}")

@@ -28,6 +28,7 @@ from pretrain.data_config import TokenizerConfig as TokenizerConfig
 from pretrain.errors import UserError
 from pretrain.model_config import LayerConfig as LayerConfig
 from pretrain.model_config import ModelConfig as ModelConfig
+from pretrain.parallel_config import ParallelConfig as ParallelConfig
 from pretrain.section import Count, Section
 from pretrain.training_config import CheckpointConfig as CheckpointConfig
 from pretrain.training_config import OptimizerConfig as OptimizerConfig
@@ -94,6 +95,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -145,6 +147,8 @@ class RunConfig(Section):
             raise ValueError(f"phases must begin one after another, but their from_tokens are {begins}")
         for phase in range(1, len(self.phases) + 1):
             self._check_phase(self.in_phase(phase), phase)
+        lengths = (phase.sequence_length for phase in self.phases if phase.sequence_length)
+        self.parallel.check(self.model.num_heads, (self.data.sequence_length, *lengths))
         if self.corpus.sources and self.corpus.min_train_shards < self.data.streams:
             raise ValueError(
                 f"data.streams = {self.data.streams} need a shard each, but corpus.min_train_shards = "
@@ -163,8 +167,10 @@ def _batch_sizes(config: RunConfig) -> list[int]:
 
 
 def works_with(config: RunConfig, world_size: int) -> bool:
-    """Whether the streams and every batch can be divided among so many ranks."""
-    return all(number % world_size == 0 for number in (config.data.streams, *_batch_sizes(config)))
+    """Whether the streams and every batch can be divided among so many ranks, those that share rows being one."""
+    _, readers = config.parallel.reader(0, world_size)
+    numbers = (config.data.streams, *_batch_sizes(config))
+    return world_size == readers * config.parallel.sequence and all(number % readers == 0 for number in numbers)
 
 
 def check_topology(config: RunConfig, world_size: int) -> None:
@@ -174,9 +180,11 @@ def check_topology(config: RunConfig, world_size: int) -> None:
         UserError: naming the two numbers and the choices that work.
     """
     if not works_with(config, world_size):
-        works = [n for n in range(1, config.data.streams + 1) if works_with(config, n)]
+        size = config.parallel.sequence
+        works = [n for n in range(size, size * config.data.streams + 1, size) if works_with(config, n)]
+        ranks = f"{world_size} ranks" + (f" in groups of parallel.sequence = {size}" if size > 1 else "")
         raise UserError(
-            f"{world_size} ranks cannot share data.streams = {config.data.streams} and training.batch_size = "
+            f"{ranks} cannot share data.streams = {config.data.streams} and training.batch_size = "
             f"{', '.join(map(str, _batch_sizes(config)))} evenly; use one of {', '.join(map(str, works))} ranks, or "
             "change these"
         )

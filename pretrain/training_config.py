@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
     """AdamW for everything, or Muon for the matrices between hidden layers and AdamW for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`muon` keeps one moment of a matrix instead of two."""
+    """`muon` keeps one moment of a matrix instead of two, and wants a higher learning rate (docs/training.md)."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.98)
@@ -119,3 +119,8 @@ class SupervisionConfig(Section):
     """No step and no batch of a validation is completed on a rank for so many seconds."""
     long_silence_s: Annotated[float, Field(gt=0)] = 1800.0
     """The same while a rank starts, compiles, or loads or saves a checkpoint."""
+
+    @property
+    def collective_s(self) -> float:
+        """Seconds after which a collective fails by itself: a while after the watchdog would have ended the run."""
+        return max(self.silence_s, self.long_silence_s) + 120.0

@@ -94,6 +94,22 @@ def test_impossible_combinations_are_refused_before_anything_starts(write):
         check_topology(load_config(path), 3)
 
 
+def test_rows_are_shared_by_numbers_of_ranks_that_divide_heads_rows_and_ranks(write):
+    path = write("corpus: {path: c}\nname: n\ndata: {streams: 8}\nmodel: {hidden_size: 144, num_heads: 6}\n")
+    with pytest.raises(UserError, match=r"parallel.sequence = 4 .* model.num_heads = 6 .* use one of 1, 2, 3, 6, or"):
+        load_config(path, ["parallel.sequence=4"])
+    with pytest.raises(UserError, match=r"parallel.sequence = 3 ranks cannot share rows of 128 .* instance 126 or 129"):
+        load_config(path, ["parallel.sequence=3"])
+    phases = "phases=[{from_tokens: 5, sequence_length: 63}]"
+    with pytest.raises(UserError, match="cannot share rows of 63 positions"):
+        load_config(path, ["parallel.sequence=2", phases])
+    shared = load_config(path, ["parallel.sequence=2"])
+    check_topology(shared, 16)
+    for ranks in (1, 3, 32):
+        with pytest.raises(UserError, match=rf"{ranks} ranks in groups of parallel.sequence = 2 .* 2, 4, 8, 16 ranks"):
+            check_topology(shared, ranks)
+
+
 def test_unreadable_files_and_unknown_names_say_what_there_is(write):
     with pytest.raises(UserError, match=r"no config 'quickstar'.*did you mean quickstart\?"):
         load_config("quickstar")

@@ -29,10 +29,10 @@ def test_values_of_secret_variables_are_hidden_wherever_they_stand(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdef")
     monkeypatch.setenv("DB_PWD", "hunter2")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsehood")
-    monkeypatch.setenv("PWD", "/home/me/work")
+    monkeypatch.setenv("PWD", "/home/me/project")
     monkeypatch.setenv("OLDPWD", "/home/me")
     assert redact("a s3cr3t/value b hf_abcdef hunter2 falsehood") == "a *** b *** *** falsehood"
-    assert redact("/home/me/work/tiny.yaml") == "/home/me/work/tiny.yaml"
+    assert redact("/home/me/project/tiny.yaml") == "/home/me/project/tiny.yaml"
 
 
 def test_a_traceback_in_a_log_is_redacted(monkeypatch):

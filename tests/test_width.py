@@ -23,6 +23,14 @@ def test_under_mup_a_step_moves_every_width_as_far_and_under_standard_wider_mode
     assert (tmp_path / "new" / "check.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
+def test_under_mup_a_step_of_muon_too_moves_every_width_as_far():
+    standard, mup = (slopes(WIDTHS[:3], [movement(k, w, 5, 3e-3, "muon") for w in WIDTHS[:3]]) for k in KINDS)
+    for part in ("attention", "feed-forward", "last hidden state"):
+        assert abs(mup[part]) < 0.1, (part, mup)
+        assert standard[part] > 0.1, (part, standard)
+
+
 def test_a_slope_is_a_power_of_the_width():
     parts = ("attention", "feed-forward", "last hidden state", "logits")
     moved = [dict.fromkeys(parts, float(width) ** 0.5) for width in (64, 128, 256)]

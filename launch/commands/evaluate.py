@@ -37,6 +37,14 @@ class Positions(StrEnum):
     LEARNED = "learned"
 
 
+class Pattern(StrEnum):
+    """What the layers of an encoder see, and how they are told where."""
+
+    LOCAL_GLOBAL = "local_global"
+    ROTARY = "rotary"
+    NONE = "none"
+
+
 @app.command("context")
 def evaluate_context(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")],
@@ -120,3 +128,35 @@ def evaluate_probe_argmax(
     told = dict.fromkeys(positions or (Positions.NONE, Positions.ROTARY))
     with resumable():
         argmax(out, [a.value for a in kinds], [p.value for p in told], seeds, steps, make_console())
+
+
+@probe_app.command("passkey")
+def evaluate_probe_passkey(
+    attention: Annotated[
+        list[Attention] | None,
+        typer.Option(help="A kind of attention; repeatable. By default dual_triangle and bidirectional."),
+    ] = None,
+    pattern: Annotated[
+        list[Pattern] | None,
+        typer.Option(
+            help="Of layers; repeatable. local_global: a local rotary one, then a global one without positions."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train each kind with the seeds 0 to N - 1.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1800,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("probes/passkey"),
+) -> None:
+    """Which encoders find a key, in rows up to 16 times as long as they learned it on?
+
+    Trains a small encoder of each kind and seed on rows of up to 128 tokens, reads rows of up to 2,048, and writes
+    tables, a plot and results.json. Finished trainings are kept: interrupt it anywhere and run it again.
+
+    [bold]Example:[/bold] diptych evaluate probe passkey --attention dual_triangle --pattern local_global --seeds 1
+    """
+    from launch.display import make_console
+    from launch.probe import passkey
+
+    kinds = dict.fromkeys(attention or (Attention.DUAL_TRIANGLE, Attention.BIDIRECTIONAL))
+    layers = dict.fromkeys(pattern or Pattern)
+    with resumable():
+        passkey(out, [a.value for a in kinds], [p.value for p in layers], seeds, steps, make_console())

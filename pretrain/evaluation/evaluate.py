@@ -30,7 +30,7 @@ RunOnRanks = Callable[[Plan, Path, int], None]
 LITTLE_LEARNED = 0.95
 """A loss at 1x above this share of that of token frequencies alone is cautioned against."""
 FEW_DOCUMENTS = 20
-"""Fewer than these are cautioned against: the bootstrap over documents (Efron, 1979) is known to be too narrow then."""
+"""Fewer than these are cautioned against: the spread between them is hardly known, and resampling cannot add to it."""
 STAGES = {"scores": "losses", "task": "tasks", "attention": "attention", "pseudo": "single masks"}
 
 
@@ -186,8 +186,8 @@ def cautions(results: Sequence[LengthResult], documents: int, unigram_loss: floa
     found, base = [], next(r for r in results if r.multiple == 1)
     if base.loss > LITTLE_LEARNED * unigram_loss:
         found.append(
-            f"Caution: at 1x the loss, {base.loss:.3f}, is hardly below the {unigram_loss:.3f} of token frequencies "
-            "alone: this encoder has learned little yet, and may read otherwise once it has."
+            f"Caution: at 1x the loss is {base.loss:.3f}, and token frequencies alone cost {unigram_loss:.3f}: this "
+            "encoder has learned little yet, and may read otherwise once it has."
         )
     if documents < FEW_DOCUMENTS:
         found.append(f"Caution: all windows come from {documents} documents; intervals over so few are too narrow.")

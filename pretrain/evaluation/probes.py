@@ -1,270 +1,105 @@
-"""Synthetic probes: tasks that are solved only by an encoder that knows something; here, where its tokens stand.
+"""The grid of a synthetic probe: small encoders trained from scratch, one cell each, and the files that keep them.
 
-The argmax probe is that of the dual-triangle paper (arXiv 2604.18603): from 64 values, tell the index of the largest.
-A small encoder of each kind is trained on it from scratch, on the CPU; what is measured is the kind, not a run.
+What a probe asks and how a cell is trained is the probe's own: argmax.py, passkey.py.
 """
 
 import json
 import multiprocessing
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
-from pretrain.batch import Batch
-from pretrain.config import ModelConfig
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
-from pretrain.model.encoder import Encoder
-from pretrain.model.layout import AttentionLayout
 
 Attention = Literal["dual_triangle", "bidirectional", "causal"]
-Positions = Literal["rotary", "learned", "none"]
+Report = Callable[[str, int, int], None]
+"""Called with (what, done, total), in cells."""
 
-LENGTH = 64
-"""Values in a sequence, and indices to choose from."""
-VALUES = 64
-"""Values there are: 0 to 63."""
-CHANCE = 1 / LENGTH
-_BEGIN, _QUERY = VALUES, VALUES + 1
-"""Symbols before and after the values; the answer is read at the latter."""
-_HELD_OUT = 2**32
-"""Added to a seed for the sequences that the final accuracy is measured on."""
+RESULTS, TABLE, PLOT = "results.json", "table.md", "accuracy.png"
+HELD_OUT = 2**32
+"""Added to a seed for what accuracy is measured on."""
+COLOURS: dict[Attention, str] = {"dual_triangle": "#7c3aed", "bidirectional": "#6b7280", "causal": "#d97706"}
 _CURVE_POINTS = 20
 
-COLUMNS = ("attention", "positions", "accuracy", "lowest to highest", "times chance", "seeds")
-RESULTS, TABLE, PLOT = "results.json", "table.md", "accuracy.png"
 
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """How each cell of the grid is trained; the defaults suit two cores."""
-
-    steps: int = 1000
-    batch_size: int = 32
-    hidden_size: int = 32
-    num_layers: int = 2
-    """One to know the positions, one to read that of the largest."""
-    num_heads: int = 4
-    learning_rate: float = 1e-2
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    """Share of the steps during which the learning rate rises."""
-    decay: float = 0.4
-    """Share of the steps, at the end, during which it falls to zero."""
-    held_out: int = 2048
-    """Sequences that the final accuracy is measured on."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training: a kind of encoder and a seed."""
-
-    attention: Attention
-    positions: Positions
-    seed: int
+class Cell(Protocol):
+    """One training: a kind of encoder and a seed; a frozen dataclass."""
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.attention}-{self.positions}-{self.seed}"
+        ...
+
+    def __hash__(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class CellResult:
-    """What became of a cell."""
+class CellResult(Protocol):
+    """What became of a cell; a frozen dataclass, with its settings."""
 
-    cell: Cell
-    settings: ProbeSettings
-    accuracy: float
-    """Share of the held-out sequences answered rightly at the end."""
-    loss: float
-    """Nats per held-out sequence; log(64) = 4.159 is chance."""
-    curve: list[tuple[int, float]]
-    """(step, accuracy since the point before). Every batch is drawn anew, so this is accuracy on unseen sequences."""
-    seconds: float
+    @property
+    def cell(self) -> Any:
+        """The cell."""
+        ...
 
 
-@dataclass(frozen=True)
-class KindResult:
-    """A kind of encoder, over its seeds."""
-
-    attention: Attention
-    positions: Positions
-    mean: float
-    lowest: float
-    highest: float
-    seeds: int
+C = TypeVar("C", bound=Cell)
+R = TypeVar("R", bound=CellResult)
 
 
-def draw_sequences(num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the task.
-
-    The values are independent and uniform; a sequence whose largest value occurs twice is drawn again, so that the
-    answer is unique. By symmetry it is uniform over the indices.
-
-    Returns:
-        The values, int64 [num, LENGTH], and the index of the largest, int64 [num].
-    """
-    values = torch.randint(VALUES, (num, LENGTH), generator=generator)
-    while (tied := (values == values.amax(dim=1, keepdim=True)).sum(dim=1) > 1).any():
-        values[tied] = torch.randint(VALUES, (int(tied.sum()), LENGTH), generator=generator)
-    return values, values.argmax(dim=1)
-
-
-class PositionProbe(nn.Module):
-    """An encoder of [begin, values, query], and a linear read-out of its state at the query.
-
-    Under bidirectional attention without positions the encoder is permutation-equivariant and the query is the same
-    symbol in every sequence, so the answer cannot depend on the order of the values: the probe stays at chance,
-    whatever its weights. Causal and dual-triangle attention can count how far a value is from either end.
-    """
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.encoder = Encoder(model, VALUES + 2)
-        self.read_out = nn.Linear(model.hidden_size, LENGTH)
-
-    def forward(self, values: Tensor, layout: AttentionLayout) -> Tensor:
-        """int64 [B, LENGTH] -> scores of the indices [B, LENGTH]; `layout` is that of `probe_layout(B)`."""
-        begin, query = (torch.full((len(values), 1), symbol) for symbol in (_BEGIN, _QUERY))
-        hidden = self.encoder(torch.cat((begin, values, query), dim=1), layout)
-        return self.read_out(hidden[:, -1])
-
-
-def probe_layout(rows: int) -> AttentionLayout:
-    """The layout of `rows` sequences, each with its two symbols."""
-    documents = torch.ones(rows, LENGTH + 2, dtype=torch.int64)
-    positions = torch.arange(LENGTH + 2).expand(rows, -1)
-    return AttentionLayout.from_batch(Batch(documents, documents, documents, positions))
-
-
-def train_cell(cell: Cell, settings: ProbeSettings) -> CellResult:
-    """Train one encoder and measure it, on one thread: so small, it gains nothing by a second.
-
-    Equal on equal machines, since everything random comes from the seed.
-    """
-    with _one_thread():
-        return _train_cell(cell, settings)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _train_cell(cell: Cell, settings: ProbeSettings) -> CellResult:
-    started = time.monotonic()
-    model = ModelConfig(
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        attention=cell.attention,
-        positions=cell.positions,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cell.seed)
-        probe = PositionProbe(model)
-    optimizer = torch.optim.AdamW(
-        probe.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
-    generator, layout = torch.Generator().manual_seed(cell.seed), probe_layout(settings.batch_size)
-    points = sorted({round(settings.steps * k / _CURVE_POINTS) for k in range(1, _CURVE_POINTS + 1)} - {0})
-    curve: list[tuple[int, float]] = []
-    right: list[Tensor] = []
-    for step in range(1, settings.steps + 1):
-        values, answer = draw_sequences(settings.batch_size, generator)
-        scores = probe(values, layout)
-        optimizer.zero_grad()
-        F.cross_entropy(scores, answer).backward()
-        nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        right.append(scores.argmax(dim=1) == answer)
-        if step in points:
-            curve.append((step, float(torch.cat(right).double().mean())))
-            right.clear()
-    accuracy, loss = _measure(probe, cell.seed, settings)
-    return CellResult(cell, settings, accuracy, loss, curve, round(time.monotonic() - started, 1))
-
-
-def _rate(step: int, settings: ProbeSettings) -> float:
-    """Share of the learning rate at a step: it rises, stays and falls linearly."""
-    rising = (step + 1) / max(settings.warmup * settings.steps, 1)
-    falling = (settings.steps - step) / max(settings.decay * settings.steps, 1)
-    return min(1.0, rising, falling)
-
-
-@torch.inference_mode()
-def _measure(probe: PositionProbe, seed: int, settings: ProbeSettings) -> tuple[float, float]:
-    """Accuracy and loss on held-out sequences."""
-    values, answer = draw_sequences(settings.held_out, torch.Generator().manual_seed(seed + _HELD_OUT))
-    scores = torch.cat([probe(part, probe_layout(len(part))) for part in values.split(256)])
-    return float((scores.argmax(dim=1) == answer).double().mean()), float(F.cross_entropy(scores, answer))
-
-
-# ------------------------------------------------------------------------------------------------- the whole grid
-
-
-def run_argmax(
+def train_grid(
     folder: Path,
-    attentions: Sequence[Attention],
-    positions: Sequence[Positions],
-    seeds: Sequence[int],
-    settings: ProbeSettings,
+    grid: Sequence[C],
+    settings: Any,
+    train: Callable[[C, Any], R],
+    restore: Callable[[dict[str, Any], C, Any], R],
     *,
     processes: int = 1,
-    report: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[KindResult]:
-    """Train the grid and write results.json, table.md and accuracy.png.
-
-    Every finished cell is a file in `folder`/cells, and is not trained again.
+    report: Report = lambda *_: None,
+) -> list[R]:
+    """Train the cells that are not yet trained. Every finished one is a file in `folder`/cells.
 
     Args:
         folder: where everything goes.
-        attentions: kinds of attention; together with `positions` and `seeds` they span the grid.
-        positions: kinds of positions.
-        seeds: of weights and sequences.
-        settings: of each training.
+        grid: the cells.
+        settings: of each training, a dataclass of plain values.
+        train: a function of a module, called as train(cell, settings), in other processes too; pure.
+        restore: a result again, from (what its file holds, cell, settings).
         processes: how many cells to train at once; the results do not depend on it.
-        report: called with (what, done, total), in cells.
+        report: called as cells are done.
+
+    Returns:
+        The results, in the order of `grid`.
 
     Raises:
         UserError: the folder holds cells of other settings.
     """
-    grid = [Cell(a, p, seed) for a in attentions for p in positions for seed in seeds]
-    done = {cell: found for cell in grid if (found := _load_cell(folder, cell, settings)) is not None}
+    done: dict[C, R] = {}
+    for cell in grid:
+        if (content := _load_cell(folder, cell, settings)) is not None:
+            done[cell] = restore(content, cell, settings)
     report("training encoders", len(done), len(grid))
-    for result in _train_cells([cell for cell in grid if cell not in done], settings, processes):
+    missing = [cell for cell in grid if cell not in done]
+    for result in _in_processes(partial(_train_one, train, settings), missing, processes):
         done[result.cell] = result
-        write_json(_cell_path(folder, result.cell), asdict(result))
+        write_json(_cell_path(folder, result.cell), asdict(result))  # type: ignore[call-overload]
         report("training encoders", len(done), len(grid))
-    results = [done[cell] for cell in grid]
-    kinds = summarize(results)
-    write_json(folder / RESULTS, _document(results, kinds, settings))
-    write_text(folder / TABLE, markdown_table(kinds))
-    _plot(results, folder / PLOT)
-    return kinds
+    return [done[cell] for cell in grid]
 
 
-def _train_cells(cells: Sequence[Cell], settings: ProbeSettings, processes: int) -> Iterator[CellResult]:
+def _train_one(train: Callable[[C, Any], R], settings: Any, cell: C) -> R:
+    return train(cell, settings)
+
+
+def _in_processes(train: Callable[[C], R], cells: Sequence[C], processes: int) -> Iterator[R]:
     """Results as they come."""
-    train = partial(train_cell, settings=settings)
     if processes == 1 or len(cells) < 2:
         yield from map(train, cells)
         return
@@ -281,86 +116,64 @@ def _cell_path(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
 
 
-def _load_cell(folder: Path, cell: Cell, settings: ProbeSettings) -> CellResult | None:
+def _load_cell(folder: Path, cell: Cell, settings: Any) -> dict[str, Any] | None:
+    """What the file of a cell holds, if there is one."""
     path = _cell_path(folder, cell)
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["settings"] != asdict(settings):
-        other = {key: value for key, value in content["settings"].items() if value != asdict(settings).get(key)}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if content["settings"] != wanted:
+        other = {key: value for key, value in content["settings"].items() if value != wanted.get(key)}
         raise UserError(
             f"{path} was trained with other settings ({', '.join(f'{k}={v}' for k, v in other.items())}); choose "
             "another folder with --out, or remove this one"
         )
-    curve = [(step, accuracy) for step, accuracy in content["curve"]]
-    return CellResult(**{**content, "cell": cell, "settings": settings, "curve": curve})
+    return content
 
 
-def summarize(results: Sequence[CellResult]) -> list[KindResult]:
-    """Mean and range of the held-out accuracy of each kind, in the order in which the kinds appear."""
-    by_kind: dict[tuple[Attention, Positions], list[float]] = {}
-    for result in results:
-        by_kind.setdefault((result.cell.attention, result.cell.positions), []).append(result.accuracy)
-    return [KindResult(*kind, sum(a) / len(a), min(a), max(a), len(a)) for kind, a in by_kind.items()]
+def write_results(folder: Path, document: Mapping[str, Any], table: str, figure: Figure) -> None:
+    """Write results.json, table.md and accuracy.png."""
+    write_json(folder / RESULTS, {"format": 1, "torch": torch.__version__, **document})
+    write_text(folder / TABLE, table)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / PLOT, dpi=110)
 
 
-def table_rows(kinds: Sequence[KindResult]) -> list[tuple[str, ...]]:
-    """One row of text per kind under COLUMNS, and the line of chance."""
-    rows = [
-        (
-            kind.attention.replace("_", "-"),
-            kind.positions,
-            f"{kind.mean:.1%}",
-            f"{kind.lowest:.1%} to {kind.highest:.1%}",
-            f"{kind.mean / CHANCE:.1f}",
-            str(kind.seeds),
-        )
-        for kind in kinds
-    ]
-    return [*rows, ("chance", "", f"{CHANCE:.1%}", "", "1.0", "")]
-
-
-def markdown_table(kinds: Sequence[KindResult]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The table for a document."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(kinds)]
+    lines = [columns, ("---",) * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _document(results: Sequence[CellResult], kinds: Sequence[KindResult], settings: ProbeSettings) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "probe": "argmax",
-        "chance": CHANCE,
-        "settings": asdict(settings),
-        "torch": torch.__version__,
-        "kinds": [asdict(kind) for kind in kinds],
-        "cells": [asdict(result) for result in results],
-    }
+# -------------------------------------------------------------------------------------------------- of a training
 
 
-_COLOURS = {"dual_triangle": "#7c3aed", "bidirectional": "#6b7280", "causal": "#d97706"}
-_LINES = {"none": "-", "rotary": "--", "learned": ":"}
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small an encoder gains nothing by a second thread, and its sums come in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _plot(results: Sequence[CellResult], path: Path) -> None:
-    """Accuracy over steps: a line per kind, the mean of its seeds, in a band from the lowest to the highest."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for kind in summarize(results):
-        curves = [r.curve for r in results if (r.cell.attention, r.cell.positions) == (kind.attention, kind.positions)]
-        steps = [step for step, _ in curves[0]]
-        by_step = list(zip(*([accuracy for _, accuracy in curve] for curve in curves), strict=True))
-        colour, name = _COLOURS[kind.attention], kind.attention.replace("_", "-")
-        axes.fill_between(steps, [min(a) for a in by_step], [max(a) for a in by_step], color=colour, alpha=0.12)
-        axes.plot(
-            steps,
-            [sum(a) / len(a) for a in by_step],
-            color=colour,
-            linestyle=_LINES[kind.positions],
-            label=f"{name}, positions: {kind.positions}",
-        )
-    axes.axhline(CHANCE, color="black", linewidth=0.8, linestyle=":", label="chance, 1/64")
-    axes.set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title="Where is the largest of 64 values?")
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+def learning_rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Share of the learning rate at a step, from 0: it rises, stays and falls linearly to zero.
+
+    Args:
+        step: which.
+        steps: all there are.
+        warmup: share of them during which it rises.
+        decay: share of them, at the end, during which it falls.
+    """
+    rising = (step + 1) / max(warmup * steps, 1)
+    falling = (steps - step) / max(decay * steps, 1)
+    return min(1.0, rising, falling)
+
+
+def curve_steps(steps: int) -> frozenset[int]:
+    """The steps, from 1, at which a point of the training's curve is drawn."""
+    return frozenset(round(steps * k / _CURVE_POINTS) for k in range(1, _CURVE_POINTS + 1)) - {0}

@@ -7,7 +7,7 @@ phase. It begins with the checkpoint's weights, moments and place in the stream,
 import shutil
 from pathlib import Path
 
-from pretrain.config import PhaseConfig, RunConfig, ScheduleConfig, load_config
+from pretrain.config import ParallelConfig, PhaseConfig, RunConfig, ScheduleConfig, load_config
 from pretrain.errors import UserError
 from pretrain.evaluation.context import Evaluation
 from pretrain.evaluation.plan import Plan
@@ -49,6 +49,7 @@ def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
             "runs": plan.run_folder / "evaluation",
             "phases": [*(p for p in config.phases if p.from_tokens < seen), phase],
             "training": config.training.model_copy(update={"tokens": total}),
+            "parallel": ParallelConfig(),
             "schedule": ScheduleConfig(warmup=0, decay=tokens / total, final=config.schedule.final),
         }
     )

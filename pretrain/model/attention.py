@@ -47,7 +47,8 @@ def attention(
             lower sub-head and the last d/2 its upper one.
         k: keys, like q.
         v: values, like q.
-        layout: where the documents lie.
+        layout: where the documents lie. Where it says that rows are spread over S ranks, q, k, v and the result are
+            [B, L/S, n, d], and this is collective among these ranks.
         kind: which positions a position attends to.
         kernel: `sdpa` (any device), `varlen` (CUDA, bf16 or fp16), `flex` (no backward pass on CPU), `dense` (the
             slow reference); `auto` is the fastest that fits, see `choose_kernel`.
@@ -61,6 +62,18 @@ def attention(
         ValueError: shapes that do not fit the layout, an odd head width, a window below 1, an unknown kind or kernel,
             or a kernel that cannot run here (varlen without CUDA, flex with gradients on CPU).
     """
+    if (ranks := layout.shared_by) is not None:
+        if q.shape[2] % ranks.size:
+            raise ValueError(f"{q.shape[2]} heads cannot be shared out among {ranks.size} ranks")
+        q, k, v = (ranks.to_heads(x) for x in (q, k, v))
+        return ranks.to_positions(_whole_rows(q, k, v, layout, kind, kernel, window))
+    return _whole_rows(q, k, v, layout, kind, kernel, window)
+
+
+def _whole_rows(
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, kernel: Kernel, window: int | None
+) -> Tensor:
+    """`attention` of q, k and v over whole rows, whoever they are shared with."""
     _check(q, k, v, layout, kind, window)
     if window is not None and window >= q.shape[1]:
         window = None

@@ -157,18 +157,16 @@ class Encoder(nn.Module):
         self.positions_dropped = after is not None and tokens_seen >= after
 
     def forward(self, input_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        """int64 [B, L] -> [B, L, h].
+        """int64 [B, L] -> [B, L, h]; L/S positions each where the layout says that S ranks share the rows.
 
         Raises:
             ValueError: learned positions, and a row longer than there are.
         """
         x = self.embedding(input_ids)
         if self.position_embedding is not None:
-            if input_ids.shape[1] > self.config.max_positions:
-                raise ValueError(
-                    f"a row of {input_ids.shape[1]} positions is beyond the {self.config.max_positions} learned ones"
-                )
-            x = x + self.position_embedding(layout.position_ids)
+            if (length := layout.position_ids.shape[1]) > self.config.max_positions:
+                raise ValueError(f"a row of {length} positions is beyond the {self.config.max_positions} learned ones")
+            x = x + self.position_embedding(layout.own(layout.position_ids))
         x = self.dropout(x)
         tables = self._rotary_tables(layout)
         embedded = x
@@ -214,9 +212,10 @@ class Encoder(nn.Module):
         positions, width = layout.position_ids, self.config.sub_head_size
         if layout.one_document_per_row:
             positions = torch.arange(positions.shape[1], device=positions.device)[None]
+        length, positions = positions.shape[1], layout.own(positions)
         if scaling is None:
             return rotary_table(positions, rotary_frequencies(width, theta, positions.device))
-        frequencies = scaled_frequencies(width, theta, scaling, positions.shape[1], positions.device)
+        frequencies = scaled_frequencies(width, theta, scaling, length, positions.device)
         return rotary_table(positions, frequencies, attention_sharpness(scaling))
 
 
@@ -255,7 +254,8 @@ class MaskedLanguageModel(nn.Module):
 
         Returns:
             The loss in nats of each masked position, float32 [M], in row-major order, and whether the most likely id
-            is the right one, bool [M]. In training the z-loss is in the gradient of the loss, not in its value.
+            is the right one, bool [M]; of this rank's positions, where the layout says that ranks share the rows.
+            In training the z-loss is in the gradient of the loss, not in its value.
         """
         hidden = self.encoder(batch.input_ids, layout)
         masked = batch.labels != IGNORED

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.model.rearrange import Rearrangement, rearrange
+from pretrain.model.sequence_parallel import SequenceGroup
 
 T = TypeVar("T")
 
@@ -66,6 +67,8 @@ class AttentionLayout:
     """Every row is one document from column 0, then padding."""
     padded: bool
     """There is padding somewhere."""
+    shared_by: SequenceGroup | None = field(default=None, compare=False)
+    """The ranks that each hold a part of the rows; the layout is that of whole rows. None: this rank has all."""
     _built: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -111,6 +114,14 @@ class AttentionLayout:
             reversal=self.reversal.to(device, non_blocking=True),
             _built={},
         )
+
+    def over(self, ranks: SequenceGroup) -> "AttentionLayout":
+        """The same layout for rows that are spread over some ranks."""
+        return replace(self, shared_by=ranks, _built={})
+
+    def own(self, x: Tensor) -> Tensor:
+        """What this rank holds of a tensor over whole rows, [B, L, ...] -> [B, L or L/S, ...]."""
+        return x if self.shared_by is None else self.shared_by.own(x)
 
     def once(self, key: Any, build: Callable[[], T]) -> T:
         """What `build` returns, built at the first call with `key` and kept for all layers."""

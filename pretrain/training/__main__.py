@@ -14,9 +14,6 @@ from pretrain.training.attempt import Attempt, SupersededError
 from pretrain.training.processes import StopRequest, die_with_launcher, hold_run, join_ranks
 from pretrain.training.watchdog import end_of
 
-COLLECTIVE_MARGIN_S = 120.0
-"""A collective fails by itself so long after the watchdog would have ended the run."""
-
 
 def main(run_folder: str) -> int:
     """Train the run in `run_folder`; returns the exit code."""
@@ -35,8 +32,7 @@ def main(run_folder: str) -> int:
         from pretrain.training.trainer import Trainer
 
         config = with_secrets(load_config(str(Path(run_folder) / "config.yaml")))
-        limits = config.supervision
-        rank, world_size, device = join_ranks(max(limits.silence_s, limits.long_silence_s) + COLLECTIVE_MARGIN_S)
+        rank, world_size, device = join_ranks(config.supervision.collective_s)
         with hold_run(config.run_folder, rank) as attempt:
             return Trainer(config, rank, world_size, device, stop_request).train()
     except UserError as error:

@@ -31,7 +31,7 @@ class Setting:
     rows: int
     length: int
     masked: int
-    """Positions to predict."""
+    """Positions to predict, of those that the rank holds."""
     compute_bytes: int = 4
     """c: of an element in matrix products."""
     residual_bytes: int = 4
@@ -44,9 +44,16 @@ class Setting:
     """Rows hold several documents."""
     places: float = 1.0
     """Packed rows: places of the rectangles, or tokens, for each position."""
+    sequence: int = 1
+    """S: ranks that share the rows."""
 
     @property
     def positions(self) -> int:
+        """That the rank holds. In attention, all positions of n/S heads, which is as much."""
+        return math.ceil(self.whole_positions / self.sequence)
+
+    @property
+    def whole_positions(self) -> int:
         """Rows times length."""
         return self.rows * self.length
 
@@ -117,11 +124,18 @@ def activations(setting: Setting) -> Activations:
     return Activations(
         blocks=math.ceil(kept),
         recomputed=max((own for own, recomputed in zip(whole, again, strict=True) if recomputed), default=0),
-        gradients=4 * setting.compute_bytes * max(model.ffn_size, model.attention_size) * n,
+        gradients=4 * setting.compute_bytes * max(model.ffn_size, model.attention_size) * n + _exchanged(setting),
         logits=logits * STATISTIC * (2 if model.z_loss else 1)
         + setting.masked * (setting.compute_bytes * model.hidden_size + 8 + STATISTIC),
         logits_working=logits * (STATISTIC + (setting.compute_bytes if setting.compute_bytes < STATISTIC else 0)),
     )
+
+
+def _exchanged(setting: Setting) -> int:
+    """What is sent and received for q, k and v in the backward pass, besides their gradients; for shared rows only."""
+    if setting.sequence == 1:
+        return 0
+    return 2 * 3 * setting.compute_bytes * setting.model.attention_size * setting.positions
 
 
 def block_bytes(setting: Setting, layer: LayerConfig) -> int:
@@ -153,10 +167,13 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
     """What attention keeps, from the projection of q, k and v to the input of the projection of its output."""
     model, c, n = setting.model, setting.compute_bytes, setting.positions
     kernel, window = setting.kernel_of(layer), setting.window_of(layer)
+    whole, shared = setting.whole_positions, setting.sequence > 1
     triangles, a = len(TRIANGLES[model.attention]), model.attention_size
     # q, k and v are views of one projection; rotary positions and norms make new q and k.
+    # Of shared rows attention reads what was received, and the projection of its output reads what came back.
     made = layer.positions == "rotary" or model.qk_norm
-    views = (5 if made else 3) * a
+    views = (5 if made and not shared else 3) * a
+    back = c * a if shared and triangles == 1 else 0
     reads_views = False
     # On the CPU sdpa computes in fp32, from copies of a half-precision q, k and v; its output is made half again.
     widened = kernel == "sdpa" and not setting.on_gpu and c < STATISTIC
@@ -167,11 +184,11 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
         kept = c * (4.0 * a + 2 * model.num_heads * triangles * setting.length)
         statistics = 0
     elif window is not None and kernel == "sdpa":
-        block = min(max(window, SMALLEST_BLOCK), n)
-        margin = (1 if triangles == 2 or model.attention == "causal" else 2) * block / n
-        filled = math.ceil(n / block) * block / n
+        block = min(max(window, SMALLEST_BLOCK), whole)
+        margin = (1 if triangles == 2 or model.attention == "causal" else 2) * block / whole
+        filled = math.ceil(whole / block) * block / whole
         # padded copies of q, k and v, and the output; with two triangles also both outputs side by side
-        kept = inside * a * (2 * filled + 2 * (filled + margin)) + (c * a if triangles == 2 or widened else 0)
+        kept = inside * a * (2 * filled + 2 * (filled + margin)) + (c * a if triangles == 2 or widened else back)
     elif kernel == "sdpa" and setting.packed:
         # gathered q, k, v and the outputs, and what is put back into rows
         kept = inside * 4 * setting.places * a + c * a
@@ -180,8 +197,8 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
         kept = inside * (5.5 if triangles == 2 else 4) * a + c * a
     else:
         # the triangle of the past reads views; that of the future reversed copies; both outputs, then side by side
-        kept = c * (views + (3.5 if triangles == 2 else 1) * a)
-        reads_views = True
+        kept = c * (views + (3.5 if triangles == 2 else 1) * a) + back
+        reads_views = not shared
     kept += statistics
     if model.qk_norm:
         kept += _qk_norm(setting, reads_views)
@@ -206,10 +223,10 @@ def _matrices(model: ModelConfig, vocab_size: int) -> int:
 
 def _shared(setting: Setting) -> int:
     """What all layers share: rotary tables, and the masks of windows and of the dense kernel."""
-    model, n = setting.model, setting.positions
+    model, n = setting.model, setting.whole_positions
     layers = model.resolved_layers
     thetas = {layer.rotary_theta for layer in layers if layer.rotary_theta is not None}
-    table = setting.positions if setting.packed else setting.length
+    table = setting.positions if setting.packed else math.ceil(setting.length / setting.sequence)
     # the cosines of a pair stand twice, its sines once
     total = len(thetas) * table * 3 * model.sub_head_size // 2 * STATISTIC
     triangles = len(TRIANGLES[model.attention])

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,9 @@ from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
+from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.fragments import fragments
+from pretrain.training.memory import Buckets
 from pretrain.training.muon import Muon, Piece, initial_state
 from pretrain.training.optimizer import build_optimizer, summarize_groups, whole_shape
 
@@ -70,23 +73,34 @@ def compile_blocks(encoder: Encoder, backend: str | Callable[..., Any] = "induct
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches per rank and step."""
-    return math.ceil(config.training.batch_size / world_size / config.training.micro_batch_size)
+    _, readers = config.parallel.reader(0, world_size)
+    return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
 
 
-def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int, precision: str, parameters: int) -> dict[str, Any]:
     """DeepSpeed's dict, derived from ours.
 
     Batch sizes in it only tell DeepSpeed how many micro-batches a step has: it never sees the rows. Unsharded runs
     are clipped by `Engine.step` itself, and compute in bf16 by autocast over fp32 weights, as plain data-parallel
-    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights.
+    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights. Buckets are sized by the number of
+    parameters.
     """
     micro_batches = accumulation_steps(config, world_size)
     stage = ZERO_STAGE[config.training.sharding]
+    buckets = Buckets.of(parameters)
     return {
         "train_batch_size": micro_batches * world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": buckets.reduced,
+            "allgather_bucket_size": buckets.reduced,
+            "stage3_prefetch_bucket_size": buckets.prefetched,
+            "stage3_max_live_parameters": buckets.live,
+            "stage3_max_reuse_distance": buckets.live,
+            "stage3_param_persistence_threshold": buckets.persistent,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16" and stage > 0, "check_grad_overflow": True},
@@ -115,7 +129,9 @@ def build_model(config: RunConfig, vocab_size: int, world_size: int, device: tor
         return MaskedLanguageModel(config.model, vocab_size)
     deepspeed = load_deepspeed(device)
     deepspeed.init_distributed(dist_init_required=False)
-    settings = deepspeed_config(config, world_size, resolve_precision(config))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MaskedLanguageModel(config.model, vocab_size).parameters())
+    settings = deepspeed_config(config, world_size, resolve_precision(config), parameters)
     whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
     # Its own linear layer, by default, computes otherwise than torch's.
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
@@ -128,6 +144,8 @@ class Engine:
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
         deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
+        self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
+        """The ranks that this one shares its rows with, if it does."""
         self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
         self._encoder = model.encoder
@@ -138,13 +156,14 @@ class Engine:
         optimizer = build_optimizer(model, config.optimizer, COMPUTE[self.precision])
         for summary in summarize_groups(optimizer.param_groups, config.optimizer.learning_rate):
             log.info("optimizer: %s", summary)
+        parameters = sum(map(math.prod, self.parameter_shapes.values()))
         moments = {id(p): group["moments"] for group in optimizer.param_groups for p in group["params"]}
         self.moments: dict[str, tuple[str, ...]] = {name: moments[id(p)] for name, p in model.named_parameters()}
         """By parameter, the names of what the optimizer keeps for each of its elements."""
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, world_size, self.precision),
+            config=deepspeed_config(config, world_size, self.precision, parameters),
             dist_init_required=False,
         )
         self.module: Any = self._deepspeed.module
@@ -196,6 +215,13 @@ class Engine:
         from deepspeed.comm import comm
 
         return comm.cdb
+
+    def place(self, batch: Batch) -> tuple[Batch, AttentionLayout]:
+        """Rows of this rank, on its device, with their layout: the part of them that it holds of shared rows."""
+        layout = AttentionLayout.from_batch(batch)
+        if self.sequence is not None:
+            batch, layout = self.sequence.own_positions(batch), layout.over(self.sequence)
+        return batch.to(self.device), layout.to(self.device)
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """`MaskedLanguageModel.forward`, sharded and in the run's precision."""

@@ -16,10 +16,12 @@ from pretrain.training.engine import Engine
 from pretrain.training.fragments import Fragment, fragments
 
 QUANTITIES = ("gradient", "weight", "update")
+SAMPLE = 2**18
+"""Elements of what a rank owns of a parameter whose update is looked at: a copy of all might not fit into memory."""
 
 
 class Inspection:
-    """Of one step. It holds a copy of the rank's own weights in fp32 while the optimizer moves them."""
+    """Of one step. While the optimizer moves the weights, it holds a copy of at most SAMPLE elements of each."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -30,23 +32,35 @@ class Inspection:
         """Gradients are complete, and the optimizer has not moved."""
         self._own = list(own_weights(self._engine))
         gradients = own_gradients(self._engine)
-        self._before = [piece.tensor.clone() for piece in self._own]
+        self._before = [sample(piece.tensor).clone() for piece in self._own]
         self._add("gradient", [gradients[piece.parameter] for piece in self._own])
         self._add("weight", self._before)
 
     def after_update(self) -> None:
         """The optimizer has moved."""
         for before, piece in zip(self._before, self._own, strict=True):
-            before.sub_(piece.tensor)
+            before.sub_(sample(piece.tensor))
         self._add("update", self._before)
         del self._before, self._own
 
     def _add(self, quantity: str, tensors: list[Tensor]) -> None:
+        """Squares of these, which are all or a sample of what is owned: each counts for as many elements."""
         if tensors:
             norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
+            pairs = list(zip(self._own, tensors, strict=True))
+            counts = [piece.tensor.numel() / max(tensor.numel(), 1) for piece, tensor in pairs]
+            squares = norms.double().square() * torch.tensor(counts, dtype=torch.float64, device=norms.device)
             groups = [GROUPS.index(group_of(piece.parameter)) for piece in self._own]
-            index = torch.tensor(groups, device=norms.device)
-            self.squares[QUANTITIES.index(quantity)].index_add_(0, index, norms.double().square())
+            self.squares[QUANTITIES.index(quantity)].index_add_(0, torch.tensor(groups, device=norms.device), squares)
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Of a flat tensor, every k-th element, at most SAMPLE of them.
+
+    An odd k does not come back to the same columns of a matrix whose rows are a power of two long.
+    """
+    k = -(-tensor.numel() // SAMPLE)
+    return tensor[:: max(k + 1 - k % 2, 1)]
 
 
 def own_weights(engine: Engine) -> Iterator[Fragment]:

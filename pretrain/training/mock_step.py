@@ -12,7 +12,6 @@ import torch
 from pretrain.batch import IGNORED, Batch
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.model.layout import AttentionLayout
 from pretrain.training.engine import Engine, accumulation_steps
 from pretrain.training.planning import Hardware, Plan, advice
 
@@ -27,7 +26,8 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         plan = Plan(run, vocab_size, devices)
         config = plan.config
-        rows = min(config.training.micro_batch_size, -(-config.training.batch_size // world_size))
+        _, readers = config.parallel.reader(0, world_size)
+        rows = min(config.training.micro_batch_size, -(-config.training.batch_size // readers))
         try:
             _take(engine, config, rows, vocab_size, world_size)
         except (MemoryError, RuntimeError) as error:
@@ -44,15 +44,15 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
 def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
     """One step of at most two micro-batches: what accumulation needs is there from the second on."""
     micro_batches = min(accumulation_steps(config, world_size), 2)
-    portion = {"batch_size": micro_batches * rows * world_size, "micro_batch_size": rows}
+    _, readers = config.parallel.reader(0, world_size)
+    portion = {"batch_size": micro_batches * rows * readers, "micro_batch_size": rows}
     training = config.training.model_copy(update=portion)
     engine.enter_phase(config.model_copy(update={"training": training}), world_size)
     engine.set_learning_rate(0.0)
     batch = largest_batch(config, rows, vocab_size)
     for _ in range(micro_batches):
-        layout = AttentionLayout.from_batch(batch).to(engine.device)
-        losses, _ = engine.forward(batch.to(engine.device), layout)
-        engine.backward(losses.mean())
+        losses, _ = engine.forward(*engine.place(batch))
+        engine.backward(losses.sum() / batch.num_masked)
         del losses
         engine.step()
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.config import OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model_config import ModelConfig
 from pretrain.training.activations import PLACES, Activations, Setting, activations
@@ -152,8 +152,9 @@ class Plan:
         return self.hardware.on_gpu if choice == "auto" else choice == "on"
 
     def rows_per_rank(self, config: RunConfig) -> int:
-        """Rows of one rank in a step."""
-        return math.ceil(config.training.batch_size / self.hardware.world_size)
+        """Rows of one rank in a step, or of the ranks that share them."""
+        _, readers = config.parallel.reader(0, self.hardware.world_size)
+        return math.ceil(config.training.batch_size / readers)
 
     @property
     def micro_batch_sizes(self) -> list[int]:
@@ -171,7 +172,7 @@ class Plan:
             vocab_size=self.vocab_size,
             rows=choice.micro_batch_size,
             length=data.sequence_length,
-            masked=math.ceil(rate * choice.micro_batch_size * data.sequence_length),
+            masked=math.ceil(rate * choice.micro_batch_size * data.sequence_length / config.parallel.sequence),
             compute_bytes=2 if autocast else c,
             residual_bytes=c,
             checkpoint_every=choice.checkpoint_every,
@@ -179,6 +180,7 @@ class Plan:
             on_gpu=self.hardware.on_gpu,
             packed=data.packing != "padded",
             places=PLACES,
+            sequence=config.parallel.sequence,
         )
 
     def need(self, choice: Choice) -> Need:
@@ -187,7 +189,7 @@ class Plan:
         accumulation = math.ceil(self.rows_per_rank(self.config) / choice.micro_batch_size)
         shape = self.optimizer
         spread = (stage, world_size, self.precision, accumulation)
-        beside = buffers(shape.sizes, *spread, on_gpu=self.hardware.on_gpu)
+        beside = buffers(shape.sizes, *spread)
         if shape.largest:
             # Stages 1 and 2 cut at most one matrix between two ranks; stage 3 cuts all of them.
             shared = 0 if stage == 0 or world_size == 1 else shape.orthogonal if stage == 3 else shape.largest
@@ -208,13 +210,25 @@ class Plan:
         """Whether the peak is within `limit` bytes, by default what a plan may fill."""
         return self.need(choice).total <= (self.hardware.usable if limit is None else limit)
 
+    def sent_for_attention(self, choice: Choice) -> int:
+        """Bytes that a rank sends in a step to those that it shares rows with: positions for heads, and back."""
+        config, model = self.config, self.config.model
+        size, rows = config.parallel.sequence, self.rows_per_rank(config)
+        positions = rows * config.data.sequence_length / size
+        again = 1 / choice.checkpoint_every if choice.checkpoint_every else 0.0
+        # q, k, v and what attention made of them, forwards, backwards, and where a block is computed again
+        tensors = 4 * (2 + again) * model.num_layers
+        c = self._setting(config, choice).compute_bytes
+        return round(tensors * c * model.attention_size * positions * (size - 1) / size)
+
     def choices(self) -> Iterator[Choice]:
         """In the order in which they are preferred: the least work first, larger micro-batches before smaller.
 
         A single micro-batch that is too small to keep a device busy comes after all that are large enough.
         """
         largest_first = self.micro_batch_sizes[::-1]
-        enough = [m for m in largest_first if m * self.config.data.sequence_length >= ENOUGH_POSITIONS]
+        positions = self.config.data.sequence_length // self.config.parallel.sequence
+        enough = [m for m in largest_first if m * positions >= ENOUGH_POSITIONS]
         enough = enough or largest_first[:1]
         for sizes in (enough, [m for m in largest_first if m not in enough]):
             for every in AGAIN:
@@ -240,8 +254,10 @@ class Plan:
             if larger.fits(self.smallest):
                 found.append(f"use {world_size} devices")
                 break
-        length = self.config.data.sequence_length
-        for shorter in (length // 2**k for k in range(1, length.bit_length()) if length // 2**k >= 8):
+        found += self._shared_rows()
+        length, shared = self.config.data.sequence_length, self.run.parallel.sequence
+        halves = (length // 2**k for k in range(1, length.bit_length()))
+        for shorter in (half for half in halves if half >= 8 and half % shared == 0):
             data = self.run.data.model_copy(update={"sequence_length": shorter})
             shortened = Plan(self.run.model_copy(update={"data": data, "phases": []}), self.vocab_size, self.hardware)
             if shortened.fits(self.smallest):
@@ -250,6 +266,19 @@ class Plan:
         least = math.ceil(self.need(self.smallest).total / USABLE / GIB)
         found.append(f"use devices of {least:,} GiB or more")
         return found
+
+    def _shared_rows(self) -> list[str]:
+        """As a remedy, the fewest ranks to a row with which it fits on the devices that there are."""
+        run, world_size = self.run, self.hardware.world_size
+        lengths = {run.in_phase(phase).data.sequence_length for phase in range(len(run.phases) + 1)}
+        numbers = {world_size, run.model.num_heads, *lengths}
+        step = run.parallel.sequence
+        for size in range(2 * step, world_size + 1, step):
+            if all(number % size == 0 for number in numbers):
+                shared = run.model_copy(update={"parallel": ParallelConfig(sequence=size)})
+                if Plan(shared, self.vocab_size, self.hardware).fits(self.smallest):
+                    return [f"share rows by parallel.sequence={size}"]
+        return []
 
 
 def advice(config: RunConfig, vocab_size: int, hardware: Hardware) -> str:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.model.layout import AttentionLayout
+from pretrain.errors import UserError
+from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.engine import Engine
 from pretrain.training.inspection import Inspection
 from pretrain.training.timing import StepClock
@@ -33,15 +34,33 @@ class StepTotals:
     """Some rank was asked to stop: the step must not be taken."""
 
 
-def agree_on_step(batch: Batch, samples_lost: int, stop_requested: bool) -> StepTotals:
-    """One small all-reduce on the CPU: counts, checksum, and whether to stop. Arguments are this rank's share."""
+def agree_on_step(
+    batch: Batch, samples_lost: int, stop_requested: bool, sequence: SequenceGroup | None = None
+) -> StepTotals:
+    """One small all-reduce on the CPU: counts, checksum, and whether to stop. Arguments are this rank's share.
+
+    Ranks that share rows (`sequence`) all have them whole, and the first of them counts them.
+
+    Raises:
+        UserError: on every rank; ranks that share rows have read different ones.
+    """
     rows = np.concatenate([batch.input_ids.numpy(), batch.labels.numpy()], axis=1)
     checksum = sum(zlib.crc32(row) for row in rows)
-    own = [batch.num_masked, batch.num_tokens, checksum, samples_lost, int(stop_requested)]
+    first, others = sequence is None or sequence.index == 0, 0 if sequence is None else sequence.size - 1
+    counts = [batch.num_masked, batch.num_tokens, checksum, samples_lost]
+    # The first of a group has the checksum of each of the others taken from its own: together they are zero.
+    difference = checksum * others if first else -checksum
+    own = [*(counts if first else [0] * len(counts)), int(stop_requested), difference]
     totals = torch.tensor(own, dtype=torch.int64)
     if dist.is_initialized():
         dist.all_reduce(totals)
-    masked, tokens, checksum, lost, stop = totals.tolist()
+    masked, tokens, checksum, lost, stop, difference = totals.tolist()
+    if difference:
+        raise UserError(
+            "a shard was damaged for one rank and whole for another that shares its rows (parallel.sequence): it was "
+            "changed while the run read it; see that nothing writes to the corpus, and run the same command again: it "
+            "resumes"
+        )
     return StepTotals(masked, tokens, checksum, lost, bool(stop))
 
 
@@ -89,9 +108,9 @@ def train_step(
         last = number == len(micro_batches) - 1
         if dropout_key is not None:
             torch.manual_seed(dropout_seed(*dropout_key, number))
-        layout = AttentionLayout.from_batch(micro_batch).to(engine.device)
+        placed = engine.place(micro_batch)
         with clock.section("forward"):
-            losses, correct = engine.forward(micro_batch.to(engine.device), layout)
+            losses, correct = engine.forward(*placed)
         loss = losses.sum()
         sums += torch.stack((loss.detach(), correct.sum()))
         if refuse is not None and last and refuse(sums):
@@ -121,8 +140,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch], stop: Callable[[], bool])
         cut_off = stop()
         if cut_off:
             break
-        layout = AttentionLayout.from_batch(batch).to(engine.device)
-        losses, correct = engine.forward(batch.to(engine.device), layout)
+        losses, correct = engine.forward(*engine.place(batch))
         sums += torch.stack((losses.sum(), correct.sum(), torch.tensor(float(len(losses)), device=engine.device)))
     engine.train()
     if cut_off:

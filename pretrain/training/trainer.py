@@ -49,6 +49,8 @@ class Trainer:
     ) -> None:
         check_topology(config, world_size)
         self.run, self.rank, self.world_size = config, rank, world_size
+        self.reader = config.parallel.reader(rank, world_size)
+        """Which of how many readers of rows this rank is."""
         self.config = config
         """As `run`, with the settings of the phase at hand."""
         self.stop_request = stop_request
@@ -111,9 +113,9 @@ class Trainer:
             with self.clock.section("data"):
                 rows = next(steps)
             self._note(AGREEING, patient=self._is_cold)
-            lost = rows.state.lost[self.rank :: self.world_size].sum()
+            lost = rows.state.lost[self.reader[0] :: self.reader[1]].sum()
             with self.clock.section("communication"):
-                totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested)
+                totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested, self.engine.sequence)
             if totals.stop:
                 return self._stop(steps)
             self._note("computing", patient=self._is_cold)
@@ -163,7 +165,7 @@ class Trainer:
                 f"{config.training.batch_size} a step, mask rate {config.data.mask_rate:g}, rotary theta "
                 f"{config.model.rotary_theta:g}"
             )
-        return training_steps(self.run, self.manifest, self.state.stream, self.rank, self.world_size)
+        return training_steps(self.run, self.manifest, self.state.stream, *self.reader)
 
     def _resume(self) -> TrainingState:
         """The state to go on from: that of the newest valid checkpoint, or the beginning."""
@@ -177,7 +179,7 @@ class Trainer:
             self.checkpoints,
             self.engine,
             self.config.checkpoint,
-            own_streams=range(self.rank, streams, self.world_size),
+            own_streams=range(self.reader[0], streams, self.reader[1]),
             guard=self.attempt.check,
             damaged=newer_than(path) if path else (),
         )
@@ -323,7 +325,7 @@ class Trainer:
         self._progress("validating")
         self.engine.see_tokens(self.state.tokens_seen)
         self._note("validating", patient=True)
-        shape = self.rank, self.world_size, self.config.training.micro_batch_size
+        shape = *self.reader, self.config.training.micro_batch_size
         batches = validation_batches(self.config, self.manifest, *shape, on_any_rank=any_rank)
         with self.clock.section("validation"):
             sums = evaluate(self.engine, self._noted(batches), lambda: any_rank(self.stop_request.requested))

@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.evaluate import parse_duration, parse_lengths
 from launch.runs import runs_meant
 from pretrain.config import to_yaml
@@ -42,6 +44,15 @@ def test_runs_that_differ_in_their_seed_alone_are_averaged(runs, evaluated, tmp_
     assert f"{loss + 0.1:.3f} ({loss:.3f} to {loss + 0.2:.3f})" in rows[1]
     for row in (header, *rows):
         assert f"| {' | '.join(row)} |" in text
+
+
+def test_of_a_folder_of_runs_those_with_a_report_are_compared(runs, tmp_path):
+    shutil.rmtree(runs / "two-seed8" / "evaluation")
+    result = CliRunner().invoke(app, ["compare", str(runs), "--out", str(tmp_path / "out")])
+    assert "1 of 3 runs have no report, and are left out" in result.stdout
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| two-seed7 | 1 |" in text
+    assert "two-seed8" not in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install Debian's package chromium")

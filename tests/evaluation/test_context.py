@@ -202,7 +202,7 @@ def test_a_headline_cautions_where_little_was_learned_and_where_documents_are_fe
     results = curve({1: 3.0, 2: 2.9})
     assert cautions(results, documents=20, unigram_loss=3.2) == []
     little, few = cautions(results, documents=19, unigram_loss=3.1)
-    assert "3.000, is hardly below the 3.100 of token frequencies" in little
+    assert "the loss is 3.000, and token frequencies alone cost 3.100" in little
     assert "from 19 documents" in few
 
 

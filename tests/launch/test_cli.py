@@ -77,6 +77,7 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
         "sweep run",
         "sweep show",
         "evaluate probe argmax",
+        "evaluate probe passkey",
         "model show",
         "checkpoint list",
         "checkpoint show",

@@ -53,8 +53,8 @@ def test_every_size_gets_as_many_tokens_per_parameter_and_all_together_the_budge
 
 def test_what_makes_no_ladder_is_an_answer(config, tmp_path):
     for sizes, wanted, answer in (
-        (["1m"], {}, "two sizes or more"),
-        (["1m", "1m"], {}, "two sizes or more"),
+        (["1m"], {}, "several different sizes"),
+        (["1m", "4m", "1m"], {}, "several different sizes"),
         (["1m", "5m"], {}, "no config 'model/5m'"),
         (
             ["1m", "4m"],

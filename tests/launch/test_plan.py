@@ -79,3 +79,11 @@ def test_the_brief_plan_depends_on_no_machine():
     lines = brief_plan(make_plan("model/1b", BIG, hardware("h100", 1, 8, None)))
     assert lines[0] == "1b: 1.08 B parameters with 32,768 pieces, on 8 x H100, bf16, rows of 1,024"
     assert lines[2].startswith("sharding optimizer, no block computed again, 32 rows at once: ")
+
+
+def test_a_row_of_a_million_tokens_is_planned_over_eight_ranks(show):
+    rows = ["data.sequence_length=1048576", "training.batch_size=8", "training.micro_batch_size=1"]
+    shown = show("model/1b", *rows, "corpus.tokenizer.vocab_size=32768", "parallel.sequence=8", gpu="h100", number=8)
+    note = "every row is shared by 8 ranks, 131,072 positions each; for attention a rank sends 840 GiB to the others"
+    assert note in " ".join(shown.split())
+    assert "training.activation_checkpointing=full training.micro_batch_size=2" in shown

@@ -1,10 +1,13 @@
 """Tables on a terminal."""
 
 import io
+import json
 from pathlib import Path
 
 from rich.console import Console
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.runs import RunRow
 from launch.tables import fitting_table, runs_table
 
@@ -35,3 +38,12 @@ def test_brackets_in_a_name_are_shown():
     to.print(runs_table([RunRow("[red]x", Path("x"), "lost (last seen 5 m ago)", step=3)]))
     assert "[red]x" in printed(to)
     assert "lost (last seen 5 m ago)" in printed(to)
+
+
+def test_why_a_run_ended_is_one_line_however_long_it_is(tmp_path):
+    why = " ".join(["node a-long-name does not see the folder"] * 12)
+    (tmp_path / "blind").mkdir()
+    (tmp_path / "blind" / "config.yaml").touch()
+    (tmp_path / "blind" / "status.json").write_text(json.dumps({"state": "failed", "heartbeat": 1, "message": why}))
+    printed_lines = CliRunner().invoke(app, ["runs", "--folder", str(tmp_path)]).stdout.splitlines()
+    assert f"blind ended the last time: {why}" in printed_lines

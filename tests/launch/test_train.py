@@ -12,6 +12,7 @@ from launch import train
 from launch.display import make_console
 from pretrain.config import CorpusConfig, RunConfig
 from pretrain.errors import UserError
+from pretrain.training.profiled_steps import ProfiledSteps
 from pretrain.training.run_lock import run_lock
 
 
@@ -88,6 +89,17 @@ def test_a_failed_evaluation_says_that_the_training_is_done(road, monkeypatch):
     monkeypatch.setattr(train, "evaluate_context", evaluate)
     with pytest.raises(UserError, match="run is trained, but could not be evaluated: no document is long enough"):
         road.run()
+
+
+def test_profiled_steps_reach_the_ranks_or_are_refused_before_there_are_any(road, manifest, monkeypatch):
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(train, "ensure_corpus", lambda *_: manifest)
+    monkeypatch.setattr(train, "launch_local", lambda *arguments: given.append(arguments[3]) or 0)
+    assert road.run(profile=ProfiledSteps(1, 1)) == 0
+    assert given == [{"DIPTYCH_PROFILE": "1:1"}]
+    with pytest.raises(UserError, match="1,000 tokens take fewer than"):
+        road.run(profile=ProfiledSteps(900, 950))
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize(("gpus", "nproc", "ranks"), [(0, None, 1), (0, 4, 4), (2, None, 2), (2, 1, 1)])

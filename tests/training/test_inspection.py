@@ -11,7 +11,7 @@ from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.summary import group_of
 from pretrain.training.engine import Engine
 from pretrain.training.fragments import fragments
-from pretrain.training.inspection import Inspection, summarize
+from pretrain.training.inspection import SAMPLE, Inspection, sample, summarize
 from pretrain.training.mock_step import largest_batch
 from pretrain.training.step import StepTotals, train_step
 from tests.ranks import run_on_ranks
@@ -66,6 +66,16 @@ def inspect(rank):
         ratios = {group: moved[group] / norm for group, norm in norms_by_group(before).items()}
         results[sharding] = summarize(inspection.squares.tolist()), engine.grad_norm, ratios
     return results
+
+
+def test_a_large_parameter_is_sampled_over_all_of_its_rows_and_columns():
+    small = torch.arange(SAMPLE)
+    assert sample(small).equal(small)
+    matrix = torch.arange(4096 * 512)
+    chosen = sample(matrix)
+    assert SAMPLE / 2 < len(chosen) <= SAMPLE
+    assert len((chosen % 512).unique()) == 512
+    assert len((chosen // 512).unique()) == 4096
 
 
 @pytest.mark.slow

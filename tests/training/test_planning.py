@@ -72,3 +72,21 @@ def test_advice_after_running_out_of_memory_needs_much_less_than_the_run_did():
     assert changed["training.activation_checkpointing"] == "none"
     assert plan.need(choice).total <= 0.8 * plan.need(plan.configured).total
     assert "use devices of" in advice(run("data.sequence_length=1048576"), VOCAB, gpus(4, number=1))
+
+
+def test_shared_rows_need_their_part_of_the_activations_and_are_advised_where_nothing_else_fits():
+    rows = ("data.sequence_length=1048576", "training.batch_size=8", "model.num_layers=2")
+    whole, shared = (Plan(run(*rows, f"parallel.sequence={n}", size="50m"), VOCAB, gpus(16)) for n in (1, 8))
+    one_row = Choice("optimizer", 0, 1)
+    assert whole.need(one_row).states.weights == shared.need(one_row).states.weights
+    parts = [plan.need(one_row).activations.peak for plan in (whole, shared)]
+    # Whole rows are read where the projection left them, which is kept as well.
+    assert 0.85 * parts[0] / 8 < parts[1] < parts[0] / 8
+    assert shared.micro_batch_sizes == [1, 2, 4, 8]
+    assert shared.recommended() == one_row
+    # Four tensors of all heads, there and back, in two layers of bf16; an eighth of what is sent stays.
+    tensor = 8 * 2**20 // 8 * 512 * 2
+    assert shared.sent_for_attention(one_row) == 2 * 4 * 2 * tensor * 7 // 8
+    assert whole.sent_for_attention(one_row) == 0
+    assert whole.recommended() is None
+    assert "share rows by parallel.sequence=8" in whole.remedies()

@@ -12,8 +12,8 @@ import torch
 from launch.cli import main
 from pretrain.config import ModelConfig
 from pretrain.errors import UserError
-from pretrain.evaluation import probes
-from pretrain.evaluation.probes import (
+from pretrain.evaluation import argmax
+from pretrain.evaluation.argmax import (
     CHANCE,
     LENGTH,
     VALUES,
@@ -122,13 +122,13 @@ def test_kinds_are_means_over_seeds_beside_chance():
 
 def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
     trained = []
-    real = probes.train_cell
+    real = argmax.train_cell
 
     def record(cell, settings):
         trained.append(cell.name)
         return real(cell, settings)
 
-    monkeypatch.setattr(probes, "train_cell", record)
+    monkeypatch.setattr(argmax, "train_cell", record)
     first = run_argmax(tmp_path, ["causal"], ["none"], [0, 1], TINY)
     assert trained == ["causal-none-0", "causal-none-1"]
     before = (tmp_path / "results.json").read_text()
