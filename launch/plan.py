@@ -205,7 +205,8 @@ def _notes(plan: Plan) -> list[str]:
         "and fragmentation (assumed)",
         f"checkpoint: {size(plan.checkpoint_bytes)} each, {plan.run.checkpoint.keep_last} kept"
         + (f", and every {plan.run.checkpoint.keep_every}th step" if plan.run.checkpoint.keep_every else ""),
-        f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each",
+        f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
+        "sharding full, only its part",
     ]
     shared = plan.run.parallel.sequence
     if shared > 1:

@@ -5,6 +5,7 @@ it knows positions is `ModelConfig.layer`'s answer; scores are `attention`'s bus
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -221,7 +222,13 @@ class Encoder(nn.Module):
 class MaskedLanguageModel(nn.Module):
     """Encoder and output matrix; logits are computed at masked positions only."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        whole: Callable[[nn.Parameter], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """`whole` makes a parameter whole while it is drawn, where it is spread over ranks as soon as it is made."""
         super().__init__()
         self.z_loss = config.z_loss
         # The output multiplier of arXiv 2203.03466, table 8; on the hidden states, of which there are fewer.
@@ -230,17 +237,17 @@ class MaskedLanguageModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.encoder.embedding.weight
-        self._initialize(config)
+        self._initialize(config, whole)
 
-    def _initialize(self, config: ModelConfig) -> None:
+    def _initialize(self, config: ModelConfig, whole: Callable[[nn.Parameter], AbstractContextManager[object]]) -> None:
         """Normal weights; the projections back into the residual stream smaller, as in GPT-2 (Radford et al. 2019)."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                continue
             into_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
             scale = (2 * config.num_layers) ** -0.5 if into_residual and config.depth_scaled_init else 1.0
             outer = "embedding" in name or name == "head.weight"
-            nn.init.normal_(parameter, std=(config.embedding_std if outer else config.initial_std) * scale)
+            with whole(parameter):
+                if parameter.ndim >= 2:
+                    nn.init.normal_(parameter, std=(config.embedding_std if outer else config.initial_std) * scale)
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """Score a batch.

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.fragments import fragments
+from pretrain.training.memory import Buckets
 from pretrain.training.muon import Muon, Piece, initial_state
-from pretrain.training.optimizer import build_optimizer, summarize_groups
+from pretrain.training.optimizer import build_optimizer, summarize_groups, whole_shape
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +77,30 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
 
 
-def deepspeed_config(config: RunConfig, world_size: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int, precision: str, parameters: int) -> dict[str, Any]:
     """DeepSpeed's dict, derived from ours.
 
     Batch sizes in it only tell DeepSpeed how many micro-batches a step has: it never sees the rows. Unsharded runs
     are clipped by `Engine.step` itself, and compute in bf16 by autocast over fp32 weights, as plain data-parallel
-    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights.
+    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights. Buckets are sized by the number of
+    parameters.
     """
     micro_batches = accumulation_steps(config, world_size)
     stage = ZERO_STAGE[config.training.sharding]
+    buckets = Buckets.of(parameters)
     return {
         "train_batch_size": micro_batches * world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": buckets.reduced,
+            "allgather_bucket_size": buckets.reduced,
+            "stage3_prefetch_bucket_size": buckets.prefetched,
+            "stage3_max_live_parameters": buckets.live,
+            "stage3_max_reuse_distance": buckets.live,
+            "stage3_param_persistence_threshold": buckets.persistent,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16" and stage > 0, "check_grad_overflow": True},
@@ -107,6 +119,25 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def build_model(config: RunConfig, vocab_size: int, world_size: int, device: torch.device) -> MaskedLanguageModel:
+    """The model with its initial weights, the same for every sharding; collective.
+
+    Under `sharding: full` a parameter is spread over the ranks as soon as it is made, so that no rank ever holds more
+    of the model than its part and the module at hand.
+    """
+    if config.training.sharding != "full":
+        return MaskedLanguageModel(config.model, vocab_size)
+    deepspeed = load_deepspeed(device)
+    deepspeed.init_distributed(dist_init_required=False)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MaskedLanguageModel(config.model, vocab_size).parameters())
+    settings = deepspeed_config(config, world_size, resolve_precision(config), parameters)
+    whole = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+    # Its own linear layer, by default, computes otherwise than torch's.
+    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+        return MaskedLanguageModel(config.model, vocab_size, whole)
+
+
 class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
@@ -121,17 +152,18 @@ class Engine:
         self._encoder.checkpoint_every = checkpoint_every(config)
         if compiles(config, device):
             compile_blocks(self._encoder)
-        self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.parameter_shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
         optimizer = build_optimizer(model, config.optimizer, COMPUTE[self.precision])
         for summary in summarize_groups(optimizer.param_groups, config.optimizer.learning_rate):
             log.info("optimizer: %s", summary)
+        parameters = sum(map(math.prod, self.parameter_shapes.values()))
         moments = {id(p): group["moments"] for group in optimizer.param_groups for p in group["params"]}
         self.moments: dict[str, tuple[str, ...]] = {name: moments[id(p)] for name, p in model.named_parameters()}
         """By parameter, the names of what the optimizer keeps for each of its elements."""
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, world_size, self.precision),
+            config=deepspeed_config(config, world_size, self.precision, parameters),
             dist_init_required=False,
         )
         self.module: Any = self._deepspeed.module

@@ -11,15 +11,38 @@ from dataclasses import dataclass
 import numpy as np
 
 FP32 = 4
-BUCKET = 500_000_000
-"""Elements of the buffer in which gradients are reduced (DeepSpeed's reduce_bucket_size)."""
-PERSISTENT = 100_000
-"""Stage 3 keeps parameters up to this size whole on every rank once they were used (param_persistence_threshold)."""
-LIVE = 1_000_000_000
-"""Stage 3 keeps up to so many elements of gathered parameters (max_live_parameters)."""
-
+UNSHARDED_BUCKET = 500_000_000
+"""Elements that are reduced at once without sharding (DeepSpeed's constant for it)."""
 SUB_GROUP = 1_000_000_000
 """Elements that stage 3 updates at once (sub_group_size)."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Elements that ZeRO reduces or gathers at once: parts of the model, up to what serves the largest models.
+
+    DeepSpeed's own sizes are constants for models of billions: a smaller one would be gathered whole.
+    """
+
+    reduced: int
+    """Of the buffer in which gradients are reduced (DeepSpeed's reduce_bucket_size); a larger one goes alone."""
+    live: int
+    """Of gathered parameters that stage 3 may hold (max_live_parameters, and max_reuse_distance with it)."""
+    prefetched: int
+    """Of the parameters that stage 3 gathers ahead of their use (prefetch_bucket_size)."""
+    persistent: int
+    """Up to so many elements of a parameter stay whole on every rank (param_persistence_threshold): norms."""
+
+    @classmethod
+    def of(cls, parameters: int) -> "Buckets":
+        """For a model of so many parameters."""
+        return cls(
+            reduced=min(parameters // 8, 500_000_000),
+            live=min(parameters // 8, 1_000_000_000),
+            prefetched=min(parameters // 16, 50_000_000),
+            persistent=min(parameters // 10_000, 100_000),
+        )
+
 
 Groups = Sequence[Sequence[int]]
 """Of each group of the optimizer, the number of elements of each of its parameters, in order."""
@@ -63,7 +86,8 @@ def model_states(
         held = [sum(math.ceil(numel / world_size) for numel in group) for group in groups]
         own = sum(held)
         # On one rank a partition is the whole parameter, and nothing needs to be gathered.
-        kept = sum(n for group in groups for n in group if n <= PERSISTENT) if world_size > 1 else 0
+        whole = Buckets.of(elements).persistent
+        kept = sum(n for group in groups for n in group if n <= whole) if world_size > 1 else 0
         return ModelStates((c + FP32) * own + c * kept, c * own, FP32 * _kept(held, moments) + counters)
     flat = [_flat(group, world_size) for group in groups]
     own = sum(flat) // world_size
@@ -108,20 +132,20 @@ class Buffers:
     """While the optimizer moves, when activations are gone: gradients in fp32."""
 
 
-def buffers(groups: Groups, stage: int, world_size: int, precision: str, accumulation: int, on_gpu: bool) -> Buffers:
-    """Of one rank. On a CPU memory that is never touched is never there, so a bucket is no larger than the model."""
+def buffers(groups: Groups, stage: int, world_size: int, precision: str, accumulation: int) -> Buffers:
+    """Of one rank."""
+    elements = sum(map(sum, groups))
+    sizes = Buckets.of(elements)
     if stage == 0:
         # Without sharding DeepSpeed flattens gradients into a bucket of their own where there are ranks to sum over.
-        elements = min(sum(map(sum, groups)), BUCKET)
-        return Buffers(FP32 * elements if world_size > 1 else 0, 0)
+        return Buffers(FP32 * min(elements, UNSHARDED_BUCKET) if world_size > 1 else 0, 0)
     c = compute_bytes(stage, precision)
-    elements = sum(map(sum, groups))
-    bucket = BUCKET if on_gpu else min(BUCKET, elements)
+    largest = max(map(max, groups))
+    bucket = max(sizes.reduced, largest)
     own = sum(_flat(group, world_size) for group in groups) // world_size
     if stage == 3:
-        small = sum(n for group in groups for n in group if n <= PERSISTENT)
-        gathered = min(elements - small, LIVE) if world_size > 1 else 0
-        return Buffers(c * (bucket + gathered), FP32 * min(own, SUB_GROUP))
+        gathered = sizes.live + sizes.prefetched + largest if world_size > 1 else 0
+        return Buffers(c * (bucket + min(gathered, elements)), FP32 * min(own, SUB_GROUP))
     # From the second micro-batch on, its gradients are beside those that it is added to.
     arriving = gradient_partition(groups, world_size) if stage == 2 and accumulation > 1 else 0
     return Buffers(c * (bucket + arriving), FP32 * own if c < FP32 else 0)

@@ -1,5 +1,6 @@
 """The optimizer over a model's parameters, in groups by who moves them, weight decay, and how learning rates scale."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,16 @@ MATRICES, OUTPUT, REST = "matrices", "output matrix", "norms and embeddings"
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 """What each optimizer keeps for every element that it moves."""
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of a parameter that ZeRO may have spread over ranks, which leaves an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _rows_and_columns(matrix: nn.Parameter) -> tuple[int, int]:
+    rows, columns = whole_shape(matrix)
+    return rows, columns
 
 
 def parameter_groups(model: MaskedLanguageModel, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -36,7 +47,7 @@ def parameter_groups(model: MaskedLanguageModel, config: OptimizerConfig) -> lis
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {MATRICES: [], OUTPUT: [], REST: []}
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in embeddings:
+        if len(whole_shape(parameter)) < 2 or id(parameter) in embeddings:
             members[REST].append((name, parameter))
         elif parameter is model.head.weight and (muon or width != 1):
             members[OUTPUT].append((name, parameter))
@@ -51,7 +62,7 @@ def parameter_groups(model: MaskedLanguageModel, config: OptimizerConfig) -> lis
         group["moments"] = MOMENTS["muon" if by_muon else "adamw"]
         if by_muon:
             blocks = _blocks(model)
-            group["matrices"] = [Matrix(name, p.shape[0], p.shape[1], blocks.get(id(p), 1)) for name, p in named]
+            group["matrices"] = [Matrix(name, *_rows_and_columns(p), blocks.get(id(p), 1)) for name, p in named]
         if named:
             groups.append(group)
     grouped = sorted(id(parameter) for group in groups for parameter in group["params"])
@@ -110,7 +121,7 @@ def summarize_groups(groups: Sequence[dict[str, Any]], learning_rate: float) -> 
             name=group["name"],
             optimizer="Muon" if group.get("matrices") else "AdamW",
             tensors=len(group["params"]),
-            parameters=sum(parameter.numel() for parameter in group["params"]),
+            parameters=sum(math.prod(whole_shape(parameter)) for parameter in group["params"]),
             learning_rate=learning_rate * group["lr_scale"],
             weight_decay=group["weight_decay"],
         )

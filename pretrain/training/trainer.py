@@ -16,12 +16,11 @@ from pretrain.data.loader import StepRows, training_steps, validation_batches
 from pretrain.data.manifest import load_manifest
 from pretrain.data.stream import StreamState
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, UserError
-from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.training.attempt import agree_on_attempt
 from pretrain.training.checkpoint import TrainingState, load_state, remove_leftovers
 from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
 from pretrain.training.checkpoint_save import CheckpointSaver
-from pretrain.training.engine import Engine, load_deepspeed
+from pretrain.training.engine import Engine, build_model, load_deepspeed
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.guards import Guard
 from pretrain.training.inspection import Inspection
@@ -67,7 +66,7 @@ class Trainer:
         load_deepspeed(device)
         self.peak_memory = PeakMemory(device)
         torch.manual_seed(config.seed)
-        model = MaskedLanguageModel(config.model, vocab_size)
+        model = build_model(config, vocab_size, world_size, device)
         self.engine = Engine(model, config, world_size, device)
         planned_memory = mock_step(self.engine, config, vocab_size, world_size)
         self.report.status.precision = self.engine.precision

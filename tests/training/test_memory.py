@@ -9,7 +9,7 @@ from pretrain.batch import Batch
 from pretrain.config import OptimizerConfig, validate
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.training.memory import BUCKET, LIVE, PERSISTENT, SUB_GROUP, gradient_partition, model_states
+from pretrain.training.memory import SUB_GROUP, Buckets, compute_bytes, gradient_partition, model_states
 from pretrain.training.optimizer import parameter_groups
 from tests.ranks import run_on_ranks
 
@@ -71,7 +71,8 @@ def measure(rank, world_size):
             states = engine.torch_optimizer.state.values()
             optimizer = sum(value.numel() * 4 for state in states for value in state.values())
             now = {address: size for address, size in storages().items() if before.get(address) != size}
-            total = sum(size for size in now.values() if size < BUCKET)
+            bucket = Buckets.of(sum(map(sum, groups))).reduced
+            total = sum(size for size in now.values() if size != bucket * compute_bytes(STAGES[sharding], precision))
             results[sharding, precision] = (total, optimizer, groups)
             del engine, states
     return results
@@ -89,12 +90,18 @@ def test_model_states_are_exactly_those_of_a_real_engine_on_the_rank_that_holds_
         assert 0 <= most - planned.total < 1200, (sharding, precision, most, planned)
 
 
-def test_constants_are_those_that_deepspeed_starts_with():
+def test_buckets_are_parts_of_a_small_model_and_what_deepspeed_starts_with_for_a_large_one():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = DeepSpeedZeroConfig()
-    assert (zero.reduce_bucket_size, zero.param_persistence_threshold) == (BUCKET, PERSISTENT)
-    assert (zero.max_live_parameters, zero.sub_group_size) == (LIVE, SUB_GROUP)
+    assert zero.sub_group_size == SUB_GROUP
+    assert Buckets.of(15_000_000_000) == Buckets(
+        reduced=zero.reduce_bucket_size,
+        live=zero.max_live_parameters,
+        prefetched=zero.prefetch_bucket_size,
+        persistent=zero.param_persistence_threshold,
+    )
+    assert Buckets.of(16_000_000) == Buckets(2_000_000, 2_000_000, 1_000_000, 1_600)
 
 
 def test_a_parameter_on_the_border_of_two_ranks_has_its_gradient_on_both():
