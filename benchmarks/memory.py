@@ -120,13 +120,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, choices=list(MODELS), default=500, help="millions of parameters (500)")
     parser.add_argument("--ranks", type=int, default=4, help="of the sharded variants (4)")
+    parser.add_argument(
+        "--shardings", nargs="+", choices=SHARDINGS[1:], default=SHARDINGS[1:], help="beside none (all); what fits"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     on, rows = machine(), []
     # Without sharding a rank holds as much whatever their number: one is enough, where four would not fit.
     reference = measure(options.size, "none", 1)
     name = f"{reference.parameters / 1e6:,.0f} M parameters"
-    for sharding in SHARDINGS:
+    for sharding in (SHARDINGS[0], *options.shardings):
         ranks = 1 if sharding == "none" else options.ranks
         peak = reference if sharding == "none" else measure(options.size, sharding, ranks)
         target = 0.5 if sharding == "full" else None

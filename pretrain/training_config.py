@@ -74,6 +74,9 @@ class TrainingConfig(Section):
     """`auto` is bf16 where the processor multiplies bf16 matrices natively, fp32 elsewhere."""
     sharding: Literal["none", "optimizer", "gradients", "full"] = "optimizer"
     """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3."""
+    reduce_dtype: Literal["auto", "fp32"] = "auto"
+    """In what gradients are summed over ranks: `auto` is what they are computed in; `fp32` rounds no sum, and in bf16
+    runs sends twice as much."""
     activation_checkpointing: Literal["none", "full"] | Count = "none"
     """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
     k (every k-th block)."""

@@ -4,6 +4,7 @@ A user never writes a DeepSpeed config. ZeRO divides gradients by the number of 
 (loss summed, divided once by all masked tokens) therefore scales the loss up by it, see step.py.
 """
 
+import ctypes
 import logging
 import math
 import os
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What matrices are made orthogonal in, by the precision of the run."""
+M_MMAP_THRESHOLD = -3
+"""Of glibc's mallopt: blocks from so many bytes on are mapped one by one."""
 
 
 def resolve_precision(config: RunConfig) -> str:
@@ -103,6 +106,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str, paramet
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32" if config.training.reduce_dtype == "fp32" else None,
         "bf16": {"enabled": precision == "bf16" and stage > 0, "check_grad_overflow": True},
         "gradient_clipping": config.optimizer.clip_grad_norm if stage > 0 else 0.0,
         "steps_per_print": 2**31,
@@ -119,6 +123,16 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def return_freed_memory() -> None:
+    """Let this process give large blocks back as soon as they are freed, where its C library is glibc.
+
+    It keeps blocks below a threshold for itself, and raises this up to 32 MiB as they are freed: about the size of a
+    parameter. Ranks that build, gather and free many of them would hold a second model of such blocks.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def build_model(config: RunConfig, vocab_size: int, world_size: int, device: torch.device) -> MaskedLanguageModel:
     """The model with its initial weights, the same for every sharding; collective.
 
@@ -129,6 +143,7 @@ def build_model(config: RunConfig, vocab_size: int, world_size: int, device: tor
         return MaskedLanguageModel(config.model, vocab_size)
     deepspeed = load_deepspeed(device)
     deepspeed.init_distributed(dist_init_required=False)
+    return_freed_memory()
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MaskedLanguageModel(config.model, vocab_size).parameters())
     settings = deepspeed_config(config, world_size, resolve_precision(config), parameters)

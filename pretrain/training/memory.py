@@ -132,7 +132,9 @@ class Buffers:
     """While the optimizer moves, when activations are gone: gradients in fp32."""
 
 
-def buffers(groups: Groups, stage: int, world_size: int, precision: str, accumulation: int) -> Buffers:
+def buffers(
+    groups: Groups, stage: int, world_size: int, precision: str, accumulation: int, reduce_in_fp32: bool
+) -> Buffers:
     """Of one rank."""
     elements = sum(map(sum, groups))
     sizes = Buckets.of(elements)
@@ -142,13 +144,15 @@ def buffers(groups: Groups, stage: int, world_size: int, precision: str, accumul
     c = compute_bytes(stage, precision)
     largest = max(map(max, groups))
     bucket = max(sizes.reduced, largest)
+    # A copy of a bucket, summed in place of it.
+    copied = FP32 * bucket if reduce_in_fp32 and c < FP32 else 0
     own = sum(_flat(group, world_size) for group in groups) // world_size
     if stage == 3:
         gathered = sizes.live + sizes.prefetched + largest if world_size > 1 else 0
-        return Buffers(c * (bucket + min(gathered, elements)), FP32 * min(own, SUB_GROUP))
+        return Buffers(c * (bucket + min(gathered, elements)) + copied, FP32 * min(own, SUB_GROUP))
     # From the second micro-batch on, its gradients are beside those that it is added to.
     arriving = gradient_partition(groups, world_size) if stage == 2 and accumulation > 1 else 0
-    return Buffers(c * (bucket + arriving), FP32 * own if c < FP32 else 0)
+    return Buffers(c * (bucket + arriving) + copied, FP32 * own if c < FP32 else 0)
 
 
 def checkpoint_bytes(groups: Groups, moments: Moments) -> int:

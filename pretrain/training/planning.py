@@ -189,7 +189,7 @@ class Plan:
         accumulation = math.ceil(self.rows_per_rank(self.config) / choice.micro_batch_size)
         shape = self.optimizer
         spread = (stage, world_size, self.precision, accumulation)
-        beside = buffers(shape.sizes, *spread)
+        beside = buffers(shape.sizes, *spread, reduce_in_fp32=self.config.training.reduce_dtype == "fp32")
         if shape.largest:
             # Stages 1 and 2 cut at most one matrix between two ranks; stage 3 cuts all of them.
             shared = 0 if stage == 0 or world_size == 1 else shape.orthogonal if stage == 3 else shape.largest

@@ -1,11 +1,13 @@
-"""Building the model: the same weights for every sharding, and under `full` never whole on one rank."""
+"""What DeepSpeed makes of a config: weights in pieces, and in what gradients are summed."""
 
 import pytest
 import torch
 
+from pretrain.batch import Batch
 from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model.layout import AttentionLayout
 from tests.ranks import run_on_ranks
-from tests.training.test_memory import VOCAB, config_of
+from tests.training.test_memory import LENGTH, VOCAB, config_of
 
 
 def build(rank, world_size):
@@ -37,3 +39,40 @@ def test_a_model_built_in_pieces_has_the_weights_of_one_built_whole(tmp_path):
         for largest, pieces, same, shapes in rank:
             assert (largest, same, shapes) == (0, True, True)
             assert pieces > 0
+
+
+def dtypes_of_sums(rank, world_size):
+    """By `sharding` and `reduce_dtype`, the types of the larger tensors that a step sums over ranks, in bf16."""
+    from pretrain.training.engine import Engine, build_model
+
+    ids, device, found = torch.randint(VOCAB, (1, LENGTH)), torch.device("cpu"), {}
+    batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(LENGTH)[None])
+    for sharding in ("optimizer", "gradients", "full"):
+        for reduce_dtype in ("auto", "fp32"):
+            config = config_of(sharding, "bf16", world_size, reduce_dtype=reduce_dtype)
+            engine = Engine(build_model(config, VOCAB, world_size, device), config, world_size, device)
+            seen = found[sharding, reduce_dtype] = set()
+            for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
+                setattr(engine.collectives, name, noting(getattr(type(engine.collectives), name), engine, seen))
+            for _ in range(4):
+                engine.backward(engine.forward(batch, AttentionLayout.from_batch(batch))[0].sum())
+                engine.step()
+    return found
+
+
+def noting(method, engine, seen):
+    """The method of DeepSpeed's backend, which also notes the types of what it is given."""
+
+    def call(*arguments, **options):
+        tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor) and x.numel() > 100]
+        seen.update(str(tensor.dtype) for tensor in tensors)
+        return method(engine.collectives, *arguments, **options)
+
+    return call
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_in_what_was_asked_for(tmp_path):
+    for rank in run_on_ranks(dtypes_of_sums, 2, tmp_path / "ranks", 2):
+        for (sharding, reduce_dtype), seen in rank.items():
+            assert seen == {"torch.float32" if reduce_dtype == "fp32" else "torch.bfloat16"}, sharding

@@ -17,7 +17,7 @@ VOCAB, LENGTH = 2048, 16
 STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
 
 
-def config_of(sharding: str, precision: str, world_size: int):
+def config_of(sharding: str, precision: str, world_size: int, **training: str):
     return validate(
         {
             "name": "x",
@@ -29,6 +29,7 @@ def config_of(sharding: str, precision: str, world_size: int):
                 "precision": precision,
                 "batch_size": 4 * world_size,
                 "micro_batch_size": 1,
+                **training,
             },
         },
         "test",
