@@ -1,0 +1,242 @@
+"""Training speed: `python -m benchmarks.training`: Diptych beside a plain PyTorch loop, and two ranks beside one.
+
+A step is what a run takes: rows already read (benchmarks.data measures the reading), the ranks' agreement on it, the
+layout, forward, backward, clipping and AdamW, with the clock of the metrics. The plain loop trains the same network,
+bidirectional, with torch.compile and without (benchmarks/plain.py). Both are in one process and take turns; peaks of
+memory and the ranks of the weak scaling are processes of their own.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.plain import PlainLoop
+from benchmarks.timing import Row, command, compare, machine, paired, write_results
+from pretrain.batch import Batch
+from pretrain.config import RunConfig, load_config
+from pretrain.training.engine import Engine, build_model, load_deepspeed
+from pretrain.training.flops import flops_per_token, peak_flops
+from pretrain.training.mock_step import largest_batch
+from pretrain.training.peak_memory import PeakMemory
+from pretrain.training.step import agree_on_step, train_step
+from pretrain.training.timing import StepClock, shares
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 4096
+CPU = {"15m": (8, 256)}
+GPU = {"133m": (64, 512), "400m": (32, 512), "1b": (16, 512)}
+"""By model, rows and their length in a step of one rank."""
+TO_REACH = {"133m": {"tokens a second": 327_680, "MFU": 0.5}, "1b": {"MFU": 0.62}}
+"""On one H200: what was published for a bidirectional encoder of 133 M, and shares of the peak, triangles as such."""
+
+
+def make_config(size: str, attention: str, rows: int, length: int, ranks: int) -> RunConfig:
+    """A run of full rows."""
+    return load_config(
+        f"model/{size}",
+        [
+            "name=benchmark",
+            "corpus.path=/nowhere",
+            f"data.sequence_length={length}",
+            "data.packing=padded",
+            f"model.attention={attention}",
+            f"training.batch_size={rows * ranks}",
+            f"training.micro_batch_size={rows}",
+            f"training.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+        ],
+    )
+
+
+class DiptychLoop:
+    """The step of a run."""
+
+    def __init__(self, config: RunConfig, ranks: int, device: torch.device) -> None:
+        self._config, self._ranks = config, ranks
+        self.clock = StepClock(device)
+        self.engine = Engine(build_model(config, VOCABULARY, ranks, device), config, ranks, device)
+        self.engine.set_learning_rate(1e-4)
+
+    def step(self, batch: Batch) -> None:
+        """One update."""
+        with self.clock.section("communication"):
+            totals = agree_on_step(batch, 0, False, self.engine.sequence)
+        train_step(self.engine, batch, totals, self._config.training.micro_batch_size, self._ranks, clock=self.clock)
+
+
+def join(rank: int, ranks: int, folder: str) -> torch.device:
+    """Make this process one of the ranks, on one thread where there are several."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    kind = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(kind, f"file://{folder}/meeting", timedelta(minutes=10), ranks, rank)
+    load_deepspeed(device)
+    return device
+
+
+def rank_of_weak_scaling(rank: int, ranks: int, size: str, rows: int, length: int, steps: int, folder: str) -> None:
+    """Seconds of each step, one thread a rank."""
+    torch.set_num_threads(1)
+    device = join(rank, ranks, folder)
+    config = make_config(size, "dual_triangle", rows, length, ranks)
+    batch, loop = largest_batch(config, rows, VOCABULARY), DiptychLoop(config, ranks, device)
+    seconds = list(next(iter(paired({"step": lambda: loop.step(batch)}, steps).values())))
+    if rank == 0:
+        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+    dist.barrier()
+
+
+def peak_of(_: int, kind: str, size: str, rows: int, length: int, folder: str) -> None:
+    """The peak of memory of three steps of a loop, in bytes."""
+    device = join(0, 1, folder)
+    peak = PeakMemory(device)
+    config = make_config(size, "bidirectional" if kind == "bidirectional" else "dual_triangle", rows, length, 1)
+    batch = largest_batch(config, rows, VOCABULARY)
+    loop: DiptychLoop | PlainLoop
+    if kind.startswith("plain"):
+        loop = PlainLoop(config.model, VOCABULARY, device, compiled=kind == "plain, compiled")
+    else:
+        loop = DiptychLoop(config, 1, device)
+    for _ in range(3):
+        loop.step(batch)
+    (Path(folder) / "peak.json").write_text(json.dumps(peak.bytes()))
+
+
+def spawned(work: Callable[..., None], ranks: int, answer: str, *arguments: object) -> object:
+    """What processes of their own have written."""
+    folder = tempfile.mkdtemp(prefix="training-benchmark-")
+    try:
+        mp.spawn(work, (*arguments, folder), nprocs=ranks)
+        return json.loads((Path(folder) / answer).read_text())
+    finally:
+        shutil.rmtree(folder)
+
+
+def against_the_plain_loop(size: str, rows: int, length: int, rounds: int, device: torch.device) -> list[Row]:
+    """Diptych and plain loops in turn, and where Diptych's time goes."""
+    config = make_config(size, "dual_triangle", rows, length, 1)
+    batch, tokens = largest_batch(config, rows, VOCABULARY), rows * length
+    ours = DiptychLoop(config, 1, device)
+    loops: dict[str, DiptychLoop | PlainLoop] = {
+        "Diptych": ours,
+        "Diptych, bidirectional": DiptychLoop(make_config(size, "bidirectional", rows, length, 1), 1, device),
+        "plain": PlainLoop(config.model, VOCABULARY, device, compiled=False),
+        "plain, compiled": PlainLoop(config.model, VOCABULARY, device, compiled=True),
+    }
+    counts = {sum(map(math.prod, ours.engine.parameter_shapes.values()))}
+    counts |= {
+        sum(p.numel() for p in loop.model.parameters()) for loop in loops.values() if isinstance(loop, PlainLoop)
+    }
+    assert len(counts) == 1, f"these are not the same network: {counts} parameters"
+    calls = {name: (lambda loop=loop: loop.step(batch)) for name, loop in loops.items()}
+    seconds = paired(calls, rounds)
+    ours.clock.take()
+    for _ in range(rounds):
+        ours.step(batch)
+    rate = tokens / statistics.median(seconds["Diptych"])
+    flops = flops_per_token(config.model, VOCABULARY, length)
+    head = flops.head_per_masked_token * batch.num_masked / tokens
+    done = {
+        "triangles as such": (flops.matrices + flops.attention + head) * rate,
+        "attention as full": (flops.matrices + flops.attention_as_full + head) * rate,
+    }
+    print(f"{size}: {rate:,.0f} tokens/s; " + ", ".join(f"{v / 1e9:,.1f} GFLOP/s ({k})" for k, v in done.items()))
+    print(", ".join(f"{name} {share:.1%}" for name, share in shares([ours.clock.take()]).items()))
+    reached = {"tokens a second": rate}
+    if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())) is not None:
+        reached["MFU"] = done["triangles as such"] / peak
+    where = f"{device.type} {size}, {rows} rows of {length}"
+    return [
+        compare(
+            Row(where, "Diptych", name, "time of a step, first / second", sense, target),
+            seconds["Diptych"],
+            seconds[name],
+        )
+        for name, sense, target in (
+            ("plain, compiled", "at most", 1.0),
+            ("plain", "at most", 1.0),
+            ("Diptych, bidirectional", None, None),
+        )
+    ] + (on_a_gpu(size, reached) if device.type == "cuda" else [])
+
+
+def on_a_gpu(size: str, reached: dict[str, float]) -> list[Row]:
+    """What is to be reached on one H200, with what was; nothing where there was none."""
+    found = []
+    for quantity, target in TO_REACH.get(size, {}).items():
+        row = Row(f"cuda {size}", "Diptych", f"{target:,}", f"{quantity}, first / second", "at least", 1.0)
+        if (value := reached.get(quantity)) is None:
+            found.append(replace(row, unmeasured="no GPU"))
+        else:
+            ratio = value / target
+            values = {"subject_value": value, "reference_value": float(target), "unit": quantity}
+            found.append(replace(row, ratio=ratio, lowest=ratio, highest=ratio, **values))
+    return found
+
+
+def memory(size: str, rows: int, length: int, device: torch.device) -> list[Row]:
+    """Peaks of three steps."""
+    peaks = {}
+    for kind in ("Diptych", "plain", "plain, compiled"):
+        peaks[kind] = float(str(spawned(peak_of, 1, "peak.json", kind, size, rows, length))) / 2**20
+    found = []
+    for name in ("plain, compiled", "plain"):
+        ratio = peaks["Diptych"] / peaks[name]
+        row = Row(f"{device.type} {size}, {rows} rows of {length}", "Diptych", name, "peak of memory, first / second")
+        values = {"subject_value": peaks["Diptych"], "reference_value": peaks[name], "unit": "MiB"}
+        found.append(replace(row, ratio=ratio, lowest=ratio, highest=ratio, **values))
+    return found
+
+
+def weak_scaling(size: str, rows: int, length: int, rounds: int) -> Row:
+    """Twice the ranks, twice the rows: how much longer a step takes."""
+    one, two = (
+        [float(second) for second in found]
+        for ranks in (1, 2)
+        if isinstance(
+            found := spawned(rank_of_weak_scaling, ranks, "seconds.json", ranks, size, rows, length, rounds), list
+        )
+    )
+    row = Row(f"cpu {size}, {rows} rows of {length} a rank", "2 ranks", "1 rank", "time of a step, first / second")
+    return compare(row, two, one)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every loop (7)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    on, rows = machine(), []
+    folder = tempfile.mkdtemp(prefix="training-benchmark-")
+    device = join(0, 1, folder)
+    for size, (number, length) in (GPU if device.type == "cuda" else CPU).items():
+        rows += against_the_plain_loop(size, number, length, options.rounds, device)
+        rows += memory(size, number, length, device)
+    dist.destroy_process_group()
+    shutil.rmtree(folder)
+    if device.type == "cpu":
+        rows += [weak_scaling(size, number, length, options.rounds) for size, (number, length) in CPU.items()]
+        for size, (number, length) in GPU.items():
+            where = f"cuda {size}, {number} rows of {length}"
+            row = Row(where, "Diptych", "plain, compiled", "time of a step, first / second", "at most", 1.0)
+            rows += [replace(row, unmeasured="no GPU"), *on_a_gpu(size, {})]
+    write_results(options.out / f"training-{device.type}", "Training beside a plain PyTorch loop", rows, on)
+    print(command())
+
+
+if __name__ == "__main__":
+    main()
