@@ -64,7 +64,7 @@ def prepare_run(
         return folder
     from launch.train import is_complete
 
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
     refuse_if_queued(config.run_folder)
     manifest = find_manifest(config)
     if is_complete(config):

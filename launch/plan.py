@@ -14,6 +14,7 @@ from launch.tables import flops_table, table
 from pretrain.config import check_topology, load_config
 from pretrain.errors import UserError
 from pretrain.model.summary import summarize
+from pretrain.training.engine import ZERO_STAGE
 from pretrain.training.flops import FlopsPerToken, flops_per_token
 from pretrain.training.planning import AGAIN, GIB, USABLE, Choice, Hardware, Plan
 
@@ -21,7 +22,6 @@ GPUS = {"h200": (139, 989e12), "h100": (79, 989e12), "a100": (79, 312e12)}
 """GiB that torch reports, and dense bf16 FLOP/s by the maker's data sheet."""
 ASSUMED_MFU = 0.4
 """Until `benchmarks/results/` has a line of a training on a GPU."""
-SHARDINGS = ("none", "optimizer", "gradients", "full")
 COLUMNS = 6
 """Micro-batch sizes that a table has room for at 80 characters."""
 TOKENS_PER_PARAMETER = 20
@@ -37,17 +37,17 @@ def hardware(gpu: str, nodes: int, gpus_per_node: int, peak_tflops: float | None
     world_size, peak = nodes * gpus_per_node, peak_tflops and peak_tflops * 1e12
     if gpu == "cpu":
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Hardware("cpu", here // gpus_per_node, world_size, on_gpu=False, peak=peak)
+        return Hardware("cpu", here // gpus_per_node, world_size, False, gpus_per_node, peak=peak)
     if gpu in GPUS:
         gib, known = GPUS[gpu]
-        return Hardware(gpu.upper(), gib * GIB, world_size, on_gpu=True, peak=peak or known)
+        return Hardware(gpu.upper(), gib * GIB, world_size, True, gpus_per_node, peak=peak or known)
     try:
         gib_given = float(gpu)
     except ValueError:
         gib_given = 0.0
     if not gib_given > 0:
         raise UserError(f"--gpu {gpu}: neither one of {', '.join(GPUS)}, cpu, nor the memory of a GPU in GiB")
-    return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), world_size, on_gpu=True, peak=peak)
+    return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), world_size, True, gpus_per_node, peak=peak)
 
 
 def make_plan(name: str, overrides: Sequence[str], devices: Hardware) -> Plan:
@@ -57,7 +57,7 @@ def make_plan(name: str, overrides: Sequence[str], devices: Hardware) -> Plan:
         UserError: the batch or the streams cannot be divided by the devices.
     """
     config = load_config(name, overrides, beneath={"corpus": {"path": "corpora/none"}})
-    check_topology(config, devices.world_size)
+    check_topology(config, devices.world_size, devices.ranks_per_node)
     return Plan(config, vocabulary(config)[0], devices)
 
 
@@ -137,9 +137,15 @@ def _parameters(plan: Plan) -> Table:
     return table(None, ["parameters", "number", "share"], [*rows, ["all", f"{summary.parameters:,}", ""]])
 
 
+def _shardings(plan: Plan) -> list[str]:
+    """Those that there can be: `hybrid` is for several nodes."""
+    several = 1 < plan.hardware.ranks_per_node < plan.hardware.world_size
+    return [sharding for sharding in ZERO_STAGE if sharding != "hybrid" or several]
+
+
 def _states(plan: Plan) -> Table:
     """States and buffers by sharding."""
-    choices = [Choice(sharding, 0, plan.configured.micro_batch_size) for sharding in SHARDINGS]
+    choices = [Choice(sharding, 0, plan.configured.micro_batch_size) for sharding in _shardings(plan)]
     needs = [plan.need(choice) for choice in choices]
     unit = _Unit(max(need.states.total for need in needs))
     rows = []
@@ -180,7 +186,7 @@ def _peaks(plan: Plan) -> Table:
     sizes, again = _columns(plan), _shown_again(plan)
     peaks = {
         (sharding, every): [plan.need(Choice(sharding, every, m)).total for m in sizes]
-        for sharding in SHARDINGS
+        for sharding in _shardings(plan)
         for every in again
     }
     unit = _Unit(max(peak for row in peaks.values() for peak in row))
@@ -206,7 +212,7 @@ def _notes(plan: Plan) -> list[str]:
         f"checkpoint: {size(plan.checkpoint_bytes)} each, {plan.run.checkpoint.keep_last} kept"
         + (f", and every {plan.run.checkpoint.keep_every}th step" if plan.run.checkpoint.keep_every else ""),
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
-        "sharding full, only its part",
+        "sharding full and hybrid, only its part",
     ]
     shared = plan.run.parallel.sequence
     if shared > 1:

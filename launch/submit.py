@@ -135,7 +135,7 @@ def submit(
     Raises:
         UserError: it would fail, be refused by Slurm, or is at work already.
     """
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
     if queue:
         check_cluster(config.cluster)
         refuse_if_queued(config.run_folder)

@@ -220,7 +220,7 @@ def check_ranks(sweep: Sweep) -> None:
         UserError: with numbers that work.
     """
     for config in sweep.configs:
-        check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node)
+        check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
 
 
 def submit_sweep(sweep: Sweep, console: Console) -> None:

@@ -173,8 +173,10 @@ def works_with(config: RunConfig, world_size: int) -> bool:
     return world_size == readers * config.parallel.sequence and all(number % readers == 0 for number in numbers)
 
 
-def check_topology(config: RunConfig, world_size: int) -> None:
-    """Refuse a number of ranks that the batch or the streams cannot be divided by.
+def check_topology(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> None:
+    """Refuse a number of ranks that the batch or the streams cannot be divided by, or `hybrid` without several nodes.
+
+    `ranks_per_node` is by default all of them: one machine.
 
     Raises:
         UserError: naming the two numbers and the choices that work.
@@ -187,6 +189,13 @@ def check_topology(config: RunConfig, world_size: int) -> None:
             f"{ranks} cannot share data.streams = {config.data.streams} and training.batch_size = "
             f"{', '.join(map(str, _batch_sizes(config)))} evenly; use one of {', '.join(map(str, works))} ranks, or "
             "change these"
+        )
+    per_node = ranks_per_node or world_size
+    if config.training.sharding == "hybrid" and (world_size % per_node or not 1 < per_node < world_size):
+        raise UserError(
+            "training.sharding = hybrid keeps the weights once more on the ranks of each node: it is for several nodes "
+            f"with as many ranks each, at least 2, not for {world_size} ranks, {per_node} to a node; use "
+            "training.sharding=full"
         )
 
 

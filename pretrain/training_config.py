@@ -72,8 +72,9 @@ class TrainingConfig(Section):
     """Largest number of rows that one rank puts through the model at once."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 where the processor multiplies bf16 matrices natively, fp32 elsewhere."""
-    sharding: Literal["none", "optimizer", "gradients", "full"] = "optimizer"
-    """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3."""
+    sharding: Literal["none", "optimizer", "gradients", "full", "hybrid"] = "optimizer"
+    """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3. `hybrid` is `full`, and the ranks of each node together
+    keep the weights once more, so that backward passes gather them inside the node (Wang et al., arXiv 2306.10209)."""
     reduce_dtype: Literal["auto", "fp32"] = "auto"
     """In what gradients are summed over ranks: `auto` is what they are computed in; `fp32` rounds no sum, and in bf16
     runs sends twice as much."""

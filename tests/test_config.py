@@ -94,6 +94,14 @@ def test_impossible_combinations_are_refused_before_anything_starts(write):
         check_topology(load_config(path), 3)
 
 
+def test_hybrid_is_for_several_nodes_with_as_many_ranks_each(write):
+    path = write("corpus: {path: c}\nname: n\ntraining: {sharding: hybrid}\n")
+    check_topology(load_config(path), 8, 4)
+    for ranks, per_node in ((4, None), (4, 4), (4, 1), (8, 3)):
+        with pytest.raises(UserError, match=rf"several nodes .* not for {ranks} ranks, {per_node or ranks} to a node"):
+            check_topology(load_config(path), ranks, per_node)
+
+
 def test_rows_are_shared_by_numbers_of_ranks_that_divide_heads_rows_and_ranks(write):
     path = write("corpus: {path: c}\nname: n\ndata: {streams: 8}\nmodel: {hidden_size: 144, num_heads: 6}\n")
     with pytest.raises(UserError, match=r"parallel.sequence = 4 .* model.num_heads = 6 .* use one of 1, 2, 3, 6, or"):

@@ -58,7 +58,7 @@ def submit(
 
     run = load_config(config, [*changes, *(allocation_overrides() if in_job else [])])
     if dry_run:
-        check_topology(run, run.cluster.nodes * run.cluster.ranks_per_node)
+        check_topology(run, run.cluster.nodes * run.cluster.ranks_per_node, run.cluster.ranks_per_node)
         show_scripts(run, make_console(), folder=run.run_folder, name=run.name, evaluate=evaluate)
         return
     # Where a script reads the folder's name, nothing else is in its way.

@@ -43,12 +43,13 @@ def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
         micro_batch_size=max(1, now.training.micro_batch_size // factor),
     )
     total = seen + tokens
+    sharding = "full" if config.training.sharding == "hybrid" else config.training.sharding
     return config.model_copy(
         update={
             "name": f"recalibrated-{multiple:g}x-{tokens}-from-{plan.step}",
             "runs": plan.run_folder / "evaluation",
             "phases": [*(p for p in config.phases if p.from_tokens < seen), phase],
-            "training": config.training.model_copy(update={"tokens": total}),
+            "training": config.training.model_copy(update={"tokens": total, "sharding": sharding}),
             "parallel": ParallelConfig(),
             "schedule": ScheduleConfig(warmup=0, decay=tokens / total, final=config.schedule.final),
         }

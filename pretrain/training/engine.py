@@ -30,7 +30,7 @@ from pretrain.training.optimizer import build_optimizer, summarize_groups, whole
 
 log = logging.getLogger(__name__)
 
-ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
+ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3, "hybrid": 3}
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What matrices are made orthogonal in, by the precision of the run."""
 M_MMAP_THRESHOLD = -3
@@ -80,6 +80,11 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
 
 
+def ranks_per_node(world_size: int) -> int:
+    """That share a node with this one, as the launcher says; without a launcher, all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
 def deepspeed_config(config: RunConfig, world_size: int, precision: str, parameters: int) -> dict[str, Any]:
     """DeepSpeed's dict, derived from ours.
 
@@ -102,6 +107,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str, paramet
             "stage3_prefetch_bucket_size": buckets.prefetched,
             "stage3_max_live_parameters": buckets.live,
             "stage3_max_reuse_distance": buckets.live,
+            "zero_hpz_partition_size": ranks_per_node(world_size) if config.training.sharding == "hybrid" else 1,
             "stage3_param_persistence_threshold": buckets.persistent,
         },
         "zero_allow_untested_optimizer": True,
@@ -136,10 +142,10 @@ def return_freed_memory() -> None:
 def build_model(config: RunConfig, vocab_size: int, world_size: int, device: torch.device) -> MaskedLanguageModel:
     """The model with its initial weights, the same for every sharding; collective.
 
-    Under `sharding: full` a parameter is spread over the ranks as soon as it is made, so that no rank ever holds more
-    of the model than its part and the module at hand.
+    Under `sharding: full` or `hybrid` a parameter is spread over the ranks as soon as it is made, so that no rank ever
+    holds more of the model than its part and the module at hand.
     """
-    if config.training.sharding != "full":
+    if ZERO_STAGE[config.training.sharding] < 3:
         return MaskedLanguageModel(config.model, vocab_size)
     deepspeed = load_deepspeed(device)
     deepspeed.init_distributed(dist_init_required=False)

@@ -12,7 +12,7 @@ import torch
 from pretrain.batch import IGNORED, Batch
 from pretrain.config import RunConfig
 from pretrain.errors import UserError
-from pretrain.training.engine import Engine, accumulation_steps
+from pretrain.training.engine import Engine, accumulation_steps, ranks_per_node
 from pretrain.training.planning import Hardware, Plan, advice
 
 
@@ -84,6 +84,7 @@ def _hardware(device: torch.device, world_size: int) -> Hardware:
     """This rank's device, and its share of the memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Hardware(properties.name, properties.total_memory, world_size, on_gpu=True)
+        return Hardware(properties.name, properties.total_memory, world_size, True, ranks_per_node(world_size))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware("cpu", memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size, on_gpu=False)
+    per_node = ranks_per_node(world_size)
+    return Hardware("cpu", memory // per_node, world_size, False, per_node)

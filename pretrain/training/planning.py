@@ -38,6 +38,7 @@ class Hardware:
     """Bytes that one rank may have."""
     world_size: int
     on_gpu: bool
+    ranks_per_node: int
     peak: float | None = None
     """FLOP/s of one device in dense bf16; None where it is not known."""
 
@@ -195,8 +196,12 @@ class Plan:
             shared = 0 if stage == 0 or world_size == 1 else shape.orthogonal if stage == 3 else shape.largest
             element = 2 if self.precision == "bf16" else 4
             beside = replace(beside, update=beside.update + working_bytes(shape.largest, shared, element))
+        states = model_states(shape.sizes, shape.moments, *spread)
+        if choice.sharding == "hybrid":
+            again = compute_bytes(stage, self.precision) * math.ceil(self.parameters / self.hardware.ranks_per_node)
+            states = replace(states, weights=states.weights + again)
         return Need(
-            states=model_states(shape.sizes, shape.moments, *spread),
+            states=states,
             buffers=beside,
             activations=activations(self._setting(self.config, choice)),
         )

@@ -20,7 +20,7 @@ from pretrain.training.attempt import agree_on_attempt
 from pretrain.training.checkpoint import TrainingState, load_state, remove_leftovers
 from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
 from pretrain.training.checkpoint_save import CheckpointSaver
-from pretrain.training.engine import Engine, build_model, load_deepspeed
+from pretrain.training.engine import Engine, build_model, load_deepspeed, ranks_per_node
 from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.guards import Guard
 from pretrain.training.inspection import Inspection
@@ -47,7 +47,7 @@ class Trainer:
     def __init__(
         self, config: RunConfig, rank: int, world_size: int, device: torch.device, stop_request: StopRequest
     ) -> None:
-        check_topology(config, world_size)
+        check_topology(config, world_size, ranks_per_node(world_size))
         self.run, self.rank, self.world_size = config, rank, world_size
         self.reader = config.parallel.reader(rank, world_size)
         """Which of how many readers of rows this rank is."""

@@ -155,7 +155,7 @@ def test_settings_of_muon_without_muon_are_refused():
 
 
 def test_a_plan_has_one_moment_of_a_matrix_and_two_of_the_rest():
-    hardware = Hardware("cpu", 2**33, 2, on_gpu=False)
+    hardware = Hardware("cpu", 2**33, 2, False, 2)
     plans = {kind: Plan(load(f"optimizer.kind={kind}"), 512, hardware) for kind in ("adamw", "muon")}
     saved = 4 * plans["muon"].optimizer.orthogonal
     assert saved > 0.8 * 4 * plans["muon"].parameters

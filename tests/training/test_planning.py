@@ -14,7 +14,7 @@ def run(*overrides: str, size: str = "1b") -> RunConfig:
 
 
 def gpus(gib: float, number: int = 8) -> Hardware:
-    return Hardware("gpu", int(gib * GIB), number, on_gpu=True)
+    return Hardware("gpu", int(gib * GIB), number, True, number)
 
 
 def test_the_least_work_that_fits_is_recommended():
