@@ -25,7 +25,8 @@ class Buckets:
     """
 
     reduced: int
-    """Of the buffer in which gradients are reduced (DeepSpeed's reduce_bucket_size); a larger one goes alone."""
+    """Of the buffer in which gradients are reduced (DeepSpeed's reduce_bucket_size), an even number; a larger one goes
+    alone."""
     live: int
     """Of gathered parameters that stage 3 may hold (max_live_parameters, and max_reuse_distance with it)."""
     prefetched: int
@@ -37,7 +38,7 @@ class Buckets:
     def of(cls, parameters: int) -> "Buckets":
         """For a model of so many parameters."""
         return cls(
-            reduced=min(parameters // 8, 500_000_000),
+            reduced=min(parameters // 16 * 2, 500_000_000),
             live=min(parameters // 8, 1_000_000_000),
             prefetched=min(parameters // 16, 50_000_000),
             persistent=min(parameters // 10_000, 100_000),

@@ -83,7 +83,7 @@ def resume_all(rank, world_size, configs, of_one_rank, of_adamw):
 def test_every_stage_trains_as_one_rank_does_and_resumes_bit_for_bit(corpus_values, tmp_path):
     alone = config_of(corpus_values, tmp_path, "alone", "none")
     adamw = config_of(corpus_values, tmp_path, "adamw", "optimizer", "adamw")
-    configs = [config_of(corpus_values, tmp_path, stage, stage) for stage in ZERO_STAGE]
+    configs = [config_of(corpus_values, tmp_path, stage, stage) for stage in ZERO_STAGE if stage != "hybrid"]
     run_on_ranks(train_all, 1, tmp_path / "one", 1, [alone, adamw])
     found = run_on_ranks(train_all, RANKS, tmp_path / "train", RANKS, configs)
     shape = optimizer_shape(alone.model, load_manifest(alone.corpus.path).tokenizer.vocab_size, alone.optimizer)
