@@ -103,6 +103,7 @@ def test_buckets_are_parts_of_a_small_model_and_what_deepspeed_starts_with_for_a
         persistent=zero.param_persistence_threshold,
     )
     assert Buckets.of(16_000_000) == Buckets(2_000_000, 2_000_000, 1_000_000, 1_600)
+    assert Buckets.of(1_000_013).reduced % 2 == 0, "DeepSpeed wants an even number"
 
 
 def test_a_parameter_on_the_border_of_two_ranks_has_its_gradient_on_both():
