@@ -135,7 +135,7 @@ def main() -> None:
         target = 0.5 if sharding == "full" else None
         rows.append(row(name, sharding, peak, ranks, reference, "none, 1 rank", target))
         print(f"{sharding}: built {peak.built / 2**20:,.0f} MiB, stepped {peak.stepped / 2**20:,.0f} MiB", flush=True)
-    write_results(options.out / "memory-cpu", "Memory of a rank by sharding", rows, on)
+    write_results(options.out / f"memory-{options.size}m-cpu", "Memory of a rank by sharding", rows, on)
     print(command())
 
 

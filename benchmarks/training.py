@@ -34,6 +34,8 @@ from pretrain.training.step import agree_on_step, train_step
 from pretrain.training.timing import StepClock, shares
 
 RESULTS = Path(__file__).parent / "results"
+ANSWER = "answer.json"
+"""What a process of its own writes."""
 VOCABULARY = 4096
 CPU = {"15m": (8, 256)}
 GPU = {"133m": (64, 512), "400m": (32, 512), "1b": (16, 512)}
@@ -93,9 +95,9 @@ def rank_of_weak_scaling(rank: int, ranks: int, size: str, rows: int, length: in
     device = join(rank, ranks, folder)
     config = make_config(size, "dual_triangle", rows, length, ranks)
     batch, loop = largest_batch(config, rows, VOCABULARY), DiptychLoop(config, ranks, device)
-    seconds = list(next(iter(paired({"step": lambda: loop.step(batch)}, steps).values())))
+    seconds = paired({"step": lambda: loop.step(batch)}, steps)["step"]
     if rank == 0:
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+        (Path(folder) / ANSWER).write_text(json.dumps(seconds))
     dist.barrier()
 
 
@@ -103,7 +105,7 @@ def peak_of(_: int, kind: str, size: str, rows: int, length: int, folder: str) -
     """The peak of memory of three steps of a loop, in bytes."""
     device = join(0, 1, folder)
     peak = PeakMemory(device)
-    config = make_config(size, "bidirectional" if kind == "bidirectional" else "dual_triangle", rows, length, 1)
+    config = make_config(size, "dual_triangle", rows, length, 1)
     batch = largest_batch(config, rows, VOCABULARY)
     loop: DiptychLoop | PlainLoop
     if kind.startswith("plain"):
@@ -112,15 +114,15 @@ def peak_of(_: int, kind: str, size: str, rows: int, length: int, folder: str) -
         loop = DiptychLoop(config, 1, device)
     for _ in range(3):
         loop.step(batch)
-    (Path(folder) / "peak.json").write_text(json.dumps(peak.bytes()))
+    (Path(folder) / ANSWER).write_text(json.dumps([peak.bytes()]))
 
 
-def spawned(work: Callable[..., None], ranks: int, answer: str, *arguments: object) -> object:
+def spawned(work: Callable[..., None], ranks: int, *arguments: object) -> list[float]:
     """What processes of their own have written."""
     folder = tempfile.mkdtemp(prefix="training-benchmark-")
     try:
         mp.spawn(work, (*arguments, folder), nprocs=ranks)
-        return json.loads((Path(folder) / answer).read_text())
+        return json.loads((Path(folder) / ANSWER).read_text())
     finally:
         shutil.rmtree(folder)
 
@@ -191,7 +193,7 @@ def memory(size: str, rows: int, length: int, device: torch.device) -> list[Row]
     """Peaks of three steps."""
     peaks = {}
     for kind in ("Diptych", "plain", "plain, compiled"):
-        peaks[kind] = float(str(spawned(peak_of, 1, "peak.json", kind, size, rows, length))) / 2**20
+        peaks[kind] = spawned(peak_of, 1, kind, size, rows, length)[0] / 2**20
     found = []
     for name in ("plain, compiled", "plain"):
         ratio = peaks["Diptych"] / peaks[name]
@@ -203,13 +205,7 @@ def memory(size: str, rows: int, length: int, device: torch.device) -> list[Row]
 
 def weak_scaling(size: str, rows: int, length: int, rounds: int) -> Row:
     """Twice the ranks, twice the rows: how much longer a step takes."""
-    one, two = (
-        [float(second) for second in found]
-        for ranks in (1, 2)
-        if isinstance(
-            found := spawned(rank_of_weak_scaling, ranks, "seconds.json", ranks, size, rows, length, rounds), list
-        )
-    )
+    one, two = (spawned(rank_of_weak_scaling, ranks, ranks, size, rows, length, rounds) for ranks in (1, 2))
     row = Row(f"cpu {size}, {rows} rows of {length} a rank", "2 ranks", "1 rank", "time of a step, first / second")
     return compare(row, two, one)
 

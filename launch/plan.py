@@ -34,20 +34,21 @@ def hardware(gpu: str, nodes: int, gpus_per_node: int, peak_tflops: float | None
     Raises:
         UserError: a name that is not known and no number of GiB.
     """
-    world_size, peak = nodes * gpus_per_node, peak_tflops and peak_tflops * 1e12
+    peak = peak_tflops and peak_tflops * 1e12
+    spread = {"world_size": nodes * gpus_per_node, "ranks_per_node": gpus_per_node}
     if gpu == "cpu":
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Hardware("cpu", here // gpus_per_node, world_size, False, gpus_per_node, peak=peak)
+        return Hardware("cpu", here // gpus_per_node, **spread, on_gpu=False, peak=peak)
     if gpu in GPUS:
         gib, known = GPUS[gpu]
-        return Hardware(gpu.upper(), gib * GIB, world_size, True, gpus_per_node, peak=peak or known)
+        return Hardware(gpu.upper(), gib * GIB, **spread, on_gpu=True, peak=peak or known)
     try:
         gib_given = float(gpu)
     except ValueError:
         gib_given = 0.0
     if not gib_given > 0:
         raise UserError(f"--gpu {gpu}: neither one of {', '.join(GPUS)}, cpu, nor the memory of a GPU in GiB")
-    return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), world_size, True, gpus_per_node, peak=peak)
+    return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), **spread, on_gpu=True, peak=peak)
 
 
 def make_plan(name: str, overrides: Sequence[str], devices: Hardware) -> Plan:

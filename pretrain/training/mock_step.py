@@ -82,9 +82,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _hardware(device: torch.device, world_size: int) -> Hardware:
     """This rank's device, and its share of the memory."""
+    per_node = ranks_per_node(world_size)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Hardware(properties.name, properties.total_memory, world_size, True, ranks_per_node(world_size))
+        return Hardware(properties.name, properties.total_memory, world_size, on_gpu=True, ranks_per_node=per_node)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    per_node = ranks_per_node(world_size)
-    return Hardware("cpu", memory // per_node, world_size, False, per_node)
+    return Hardware("cpu", memory // per_node, world_size, on_gpu=False, ranks_per_node=per_node)

@@ -39,6 +39,7 @@ class Hardware:
     world_size: int
     on_gpu: bool
     ranks_per_node: int
+    """Ranks that share a node: what `hybrid` spreads the weights over once more."""
     peak: float | None = None
     """FLOP/s of one device in dense bf16; None where it is not known."""
 

@@ -1,6 +1,7 @@
 """Whole trainings on real gloo ranks, small enough to be fast."""
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,25 @@ def train_whole_and_in_pieces(rank, pairs):
     for whole, broken in pairs:
         codes.append([train(rank, whole, 2)] + [train(rank, broken, 2, n) for n in (5, 7, None)])
     return codes
+
+
+def train_on_two_nodes(rank, config, stop_after):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return train(rank, config, 4, stop_after)
+
+
+@pytest.mark.slow
+def test_a_hybrid_run_stopped_and_resumed_goes_on_as_the_whole_run_of_full_would(make_config, manifest, tmp_path):
+    training = {"precision": "bf16", "tokens": 4_000}
+    full = make_config("full", training={"sharding": "full", **training})
+    hybrid = make_config("hybrid", training={"sharding": "hybrid", **training})
+    for config in (full, hybrid):
+        open_run_folder(config, manifest)
+    # DeepSpeed makes the groups of nodes once per process: each start has processes of its own, as a run's have.
+    for number, (config, stop_after, code) in enumerate([(full, None, 0), (hybrid, 3, 75), (hybrid, None, 0)]):
+        assert run_on_ranks(train_on_two_nodes, 4, tmp_path / f"{number}", config, stop_after) == [code] * 4
+    assert curve(full) == curve(hybrid)
+    assert len(curve(full)) > 5
 
 
 @pytest.mark.slow
