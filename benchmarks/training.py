@@ -2,8 +2,9 @@
 
 A step is what a run takes: rows already read (benchmarks.data measures the reading), the ranks' agreement on it, the
 layout, forward, backward, clipping and AdamW, with the clock of the metrics. The plain loop trains the same network,
-bidirectional, with torch.compile and without (benchmarks/plain.py). Both are in one process and take turns; peaks of
-memory and the ranks of the weak scaling are processes of their own.
+bidirectional, with torch.compile and without (benchmarks/plain.py). `Diptych` is a run of one rank as a user sets it
+up for speed, on a CPU `training.sharding=none training.compile=on`, and `defaults` what it is without these words. All
+are in one process and take turns; peaks of memory and the ranks of the weak scaling are processes of their own.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.plain import PlainLoop
-from benchmarks.timing import Row, command, compare, machine, paired, write_results
+from benchmarks.timing import Row, Sense, command, compare, machine, paired, write_results
 from pretrain.batch import Batch
 from pretrain.config import RunConfig, load_config
 from pretrain.training.engine import Engine, build_model, load_deepspeed
@@ -37,15 +38,20 @@ RESULTS = Path(__file__).parent / "results"
 ANSWER = "answer.json"
 """What a process of its own writes."""
 VOCABULARY = 4096
-CPU = {"15m": (8, 256)}
-GPU = {"133m": (64, 512), "400m": (32, 512), "1b": (16, 512)}
-"""By model, rows and their length in a step of one rank."""
+Shape = tuple[str, int, int]
+"""A model, rows of a step of one rank, and their length."""
+CPU: list[Shape] = [("15m", 8, 256), ("15m", 2, 1024)]
+GPU: list[Shape] = [("133m", 64, 512), ("400m", 32, 512), ("1b", 16, 512)]
+FOR_SPEED = () if torch.cuda.is_available() else ("training.sharding=none", "training.compile=on")
+"""On a GPU blocks are compiled by default, and bf16 without sharding would be autocast."""
+NOT_COMPILED = ("training.sharding=none", "training.compile=off")
 TO_REACH = {"133m": {"tokens a second": 327_680, "MFU": 0.5}, "1b": {"MFU": 0.62}}
 """On one H200: what was published for a bidirectional encoder of 133 M, and shares of the peak, triangles as such."""
 
 
-def make_config(size: str, attention: str, rows: int, length: int, ranks: int) -> RunConfig:
+def make_config(shape: Shape, ranks: int = 1, *overrides: str, attention: str = "dual_triangle") -> RunConfig:
     """A run of full rows."""
+    size, rows, length = shape
     return load_config(
         f"model/{size}",
         [
@@ -57,6 +63,7 @@ def make_config(size: str, attention: str, rows: int, length: int, ranks: int) -
             f"training.batch_size={rows * ranks}",
             f"training.micro_batch_size={rows}",
             f"training.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+            *overrides,
         ],
     )
 
@@ -89,29 +96,37 @@ def join(rank: int, ranks: int, folder: str) -> torch.device:
     return device
 
 
-def rank_of_weak_scaling(rank: int, ranks: int, size: str, rows: int, length: int, steps: int, folder: str) -> None:
+def rank_of_weak_scaling(rank: int, ranks: int, shape: Shape, steps: int, folder: str) -> None:
     """Seconds of each step, one thread a rank."""
     torch.set_num_threads(1)
     device = join(rank, ranks, folder)
-    config = make_config(size, "dual_triangle", rows, length, ranks)
-    batch, loop = largest_batch(config, rows, VOCABULARY), DiptychLoop(config, ranks, device)
+    config = make_config(shape, ranks)
+    batch, loop = largest_batch(config, shape[1], VOCABULARY), DiptychLoop(config, ranks, device)
     seconds = paired({"step": lambda: loop.step(batch)}, steps)["step"]
     if rank == 0:
         (Path(folder) / ANSWER).write_text(json.dumps(seconds))
     dist.barrier()
 
 
-def peak_of(_: int, kind: str, size: str, rows: int, length: int, folder: str) -> None:
+def make_loop(kind: str, shape: Shape, device: torch.device) -> DiptychLoop | PlainLoop:
+    """One of what is compared."""
+    if kind.startswith("plain"):
+        return PlainLoop(make_config(shape).model, VOCABULARY, device, compiled=kind == "plain, compiled")
+    config = {
+        "Diptych": make_config(shape, 1, *FOR_SPEED),
+        "Diptych, not compiled": make_config(shape, 1, *NOT_COMPILED),
+        "Diptych, defaults": make_config(shape),
+        "Diptych, bidirectional": make_config(shape, 1, *FOR_SPEED, attention="bidirectional"),
+    }[kind]
+    return DiptychLoop(config, 1, device)
+
+
+def peak_of(_: int, kind: str, shape: Shape, folder: str) -> None:
     """The peak of memory of three steps of a loop, in bytes."""
     device = join(0, 1, folder)
     peak = PeakMemory(device)
-    config = make_config(size, "dual_triangle", rows, length, 1)
-    batch = largest_batch(config, rows, VOCABULARY)
-    loop: DiptychLoop | PlainLoop
-    if kind.startswith("plain"):
-        loop = PlainLoop(config.model, VOCABULARY, device, compiled=kind == "plain, compiled")
-    else:
-        loop = DiptychLoop(config, 1, device)
+    batch = largest_batch(make_config(shape), shape[1], VOCABULARY)
+    loop = make_loop(kind, shape, device)
     for _ in range(3):
         loop.step(batch)
     (Path(folder) / ANSWER).write_text(json.dumps([peak.bytes()]))
@@ -127,24 +142,31 @@ def spawned(work: Callable[..., None], ranks: int, *arguments: object) -> list[f
         shutil.rmtree(folder)
 
 
-def against_the_plain_loop(size: str, rows: int, length: int, rounds: int, device: torch.device) -> list[Row]:
+def against_the_plain_loop(shape: Shape, rounds: int, device: torch.device) -> list[Row]:
     """Diptych and plain loops in turn, and where Diptych's time goes."""
-    config = make_config(size, "dual_triangle", rows, length, 1)
+    size, rows, length = shape
+    config = make_config(shape)
     batch, tokens = largest_batch(config, rows, VOCABULARY), rows * length
-    ours = DiptychLoop(config, 1, device)
-    loops: dict[str, DiptychLoop | PlainLoop] = {
-        "Diptych": ours,
-        "Diptych, bidirectional": DiptychLoop(make_config(size, "bidirectional", rows, length, 1), 1, device),
-        "plain": PlainLoop(config.model, VOCABULARY, device, compiled=False),
-        "plain, compiled": PlainLoop(config.model, VOCABULARY, device, compiled=True),
-    }
-    counts = {sum(map(math.prod, ours.engine.parameter_shapes.values()))}
-    counts |= {
-        sum(p.numel() for p in loop.model.parameters()) for loop in loops.values() if isinstance(loop, PlainLoop)
+    pairs: list[tuple[str, str, Sense | None, float | None]] = [
+        ("Diptych", "plain, compiled", "at most", 1.0),
+        ("Diptych", "plain", "at most", 1.0),
+        ("Diptych", "Diptych, bidirectional", None, None),
+    ]
+    if device.type == "cpu":
+        pairs += [("Diptych, not compiled", "plain", None, None), ("Diptych, defaults", "plain", None, None)]
+    names = dict.fromkeys(name for subject, reference, *_ in pairs for name in (subject, reference))
+    loops = {name: make_loop(name, shape, device) for name in names}
+    counts = {
+        sum(p.numel() for p in loop.model.parameters())
+        if isinstance(loop, PlainLoop)
+        else sum(map(math.prod, loop.engine.parameter_shapes.values()))
+        for loop in loops.values()
     }
     assert len(counts) == 1, f"these are not the same network: {counts} parameters"
     calls = {name: (lambda loop=loop: loop.step(batch)) for name, loop in loops.items()}
     seconds = paired(calls, rounds)
+    ours = loops["Diptych"]
+    assert isinstance(ours, DiptychLoop)
     ours.clock.take()
     for _ in range(rounds):
         ours.step(batch)
@@ -161,18 +183,15 @@ def against_the_plain_loop(size: str, rows: int, length: int, rounds: int, devic
     if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())) is not None:
         reached["MFU"] = done["triangles as such"] / peak
     where = f"{device.type} {size}, {rows} rows of {length}"
-    return [
+    found = [
         compare(
-            Row(where, "Diptych", name, "time of a step, first / second", sense, target),
-            seconds["Diptych"],
-            seconds[name],
+            Row(where, subject, reference, "time of a step, first / second", sense, target),
+            seconds[subject],
+            seconds[reference],
         )
-        for name, sense, target in (
-            ("plain, compiled", "at most", 1.0),
-            ("plain", "at most", 1.0),
-            ("Diptych, bidirectional", None, None),
-        )
-    ] + (on_a_gpu(size, reached) if device.type == "cuda" else [])
+        for subject, reference, sense, target in pairs
+    ]
+    return found + (on_a_gpu(size, reached) if device.type == "cuda" else [])
 
 
 def on_a_gpu(size: str, reached: dict[str, float]) -> list[Row]:
@@ -189,23 +208,26 @@ def on_a_gpu(size: str, reached: dict[str, float]) -> list[Row]:
     return found
 
 
-def memory(size: str, rows: int, length: int, device: torch.device) -> list[Row]:
+def memory(shape: Shape, device: torch.device) -> list[Row]:
     """Peaks of three steps."""
-    peaks = {}
-    for kind in ("Diptych", "plain", "plain, compiled"):
-        peaks[kind] = spawned(peak_of, 1, kind, size, rows, length)[0] / 2**20
+    size, rows, length = shape
+    kinds = ("Diptych", "Diptych, defaults", "plain", "plain, compiled")
+    peaks = {kind: spawned(peak_of, 1, kind, shape)[0] / 2**20 for kind in kinds}
     found = []
-    for name in ("plain, compiled", "plain"):
-        ratio = peaks["Diptych"] / peaks[name]
-        row = Row(f"{device.type} {size}, {rows} rows of {length}", "Diptych", name, "peak of memory, first / second")
-        values = {"subject_value": peaks["Diptych"], "reference_value": peaks[name], "unit": "MiB"}
+    for subject, reference in (("Diptych", "plain, compiled"), ("Diptych", "plain"), ("Diptych, defaults", "plain")):
+        ratio = peaks[subject] / peaks[reference]
+        row = Row(
+            f"{device.type} {size}, {rows} rows of {length}", subject, reference, "peak of memory, first / second"
+        )
+        values = {"subject_value": peaks[subject], "reference_value": peaks[reference], "unit": "MiB"}
         found.append(replace(row, ratio=ratio, lowest=ratio, highest=ratio, **values))
     return found
 
 
-def weak_scaling(size: str, rows: int, length: int, rounds: int) -> Row:
+def weak_scaling(shape: Shape, rounds: int) -> Row:
     """Twice the ranks, twice the rows: how much longer a step takes."""
-    one, two = (spawned(rank_of_weak_scaling, ranks, ranks, size, rows, length, rounds) for ranks in (1, 2))
+    size, rows, length = shape
+    one, two = (spawned(rank_of_weak_scaling, ranks, ranks, shape, rounds) for ranks in (1, 2))
     row = Row(f"cpu {size}, {rows} rows of {length} a rank", "2 ranks", "1 rank", "time of a step, first / second")
     return compare(row, two, one)
 
@@ -213,20 +235,20 @@ def weak_scaling(size: str, rows: int, length: int, rounds: int) -> Row:
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of every loop (7)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of every loop (15)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     on, rows = machine(), []
     folder = tempfile.mkdtemp(prefix="training-benchmark-")
     device = join(0, 1, folder)
-    for size, (number, length) in (GPU if device.type == "cuda" else CPU).items():
-        rows += against_the_plain_loop(size, number, length, options.rounds, device)
-        rows += memory(size, number, length, device)
+    for shape in GPU if device.type == "cuda" else CPU:
+        rows += against_the_plain_loop(shape, options.rounds, device)
+        rows += memory(shape, device)
     dist.destroy_process_group()
     shutil.rmtree(folder)
     if device.type == "cpu":
-        rows += [weak_scaling(size, number, length, options.rounds) for size, (number, length) in CPU.items()]
-        for size, (number, length) in GPU.items():
+        rows.append(weak_scaling(CPU[0], options.rounds))
+        for size, number, length in GPU:
             where = f"cuda {size}, {number} rows of {length}"
             row = Row(where, "Diptych", "plain, compiled", "time of a step, first / second", "at most", 1.0)
             rows += [replace(row, unmeasured="no GPU"), *on_a_gpu(size, {})]

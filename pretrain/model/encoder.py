@@ -156,8 +156,10 @@ class Encoder(nn.Module):
         after = self.config.drop_positions_after
         self.positions_dropped = after is not None and tokens_seen >= after
 
-    def forward(self, input_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    def forward(self, input_ids: Tensor, layout: AttentionLayout, at: Tensor | None = None) -> Tensor:
         """int64 [B, L] -> [B, L, h]; L/S positions each where the layout says that S ranks share the rows.
+
+        With `at`, bool [B, L], only the M positions where it is true -> [M, h], in row-major order.
 
         Raises:
             ValueError: learned positions, and a row longer than there are.
@@ -182,7 +184,7 @@ class Encoder(nn.Module):
             x = run(x, layout, tables[layer], self._kernel(x, layout, layer), skips)
             if self.config.unet:
                 outputs.append(x)
-        return self.norm(x)
+        return self.norm(x if at is None else x[at])
 
     def _kernel(self, x: Tensor, layout: AttentionLayout, layer: LayerConfig) -> Kernel:
         """The config's kernel; what `auto` means is decided here, outside of what is compiled."""
@@ -257,9 +259,9 @@ class MaskedLanguageModel(nn.Module):
             is the right one, bool [M]; of this rank's positions, where the layout says that ranks share the rows.
             In training the z-loss is in the gradient of the loss, not in its value.
         """
-        hidden = self.encoder(batch.input_ids, layout)
         masked = batch.labels != IGNORED
-        logits = self.head(hidden[masked] * self.output_scale).float()
+        hidden = self.encoder(batch.input_ids, layout, at=masked)
+        logits = self.head(hidden * self.output_scale).float()
         labels = batch.labels[masked]
         losses = F.cross_entropy(logits, labels, reduction="none")
         if self.z_loss and self.training:

@@ -114,7 +114,7 @@ def activations(setting: Setting) -> Activations:
     again = [bool(setting.checkpoint_every) and i % setting.checkpoint_every == 0 for i in range(len(layers))]
     inputs = setting.residual_bytes * model.hidden_size * n
     kept: float = sum(inputs if recomputed else own for own, recomputed in zip(whole, again, strict=True))
-    kept += _norm(setting, model.hidden_size) * n
+    kept += _norm(setting, model.hidden_size) * setting.masked
     if model.dropout:
         kept += _dropout(setting, setting.residual_bytes, compiled=False) * model.hidden_size * n
     if setting.compute_bytes < setting.residual_bytes:

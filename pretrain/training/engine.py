@@ -187,6 +187,8 @@ class Engine:
             config=deepspeed_config(config, world_size, self.precision, parameters),
             dist_init_required=False,
         )
+        # Alone there is nobody to sum with, but without sharding DeepSpeed copies all gradients as if there were.
+        self._deepspeed.enable_backward_allreduce = self.stage > 0 or world_size > 1
         self.module: Any = self._deepspeed.module
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
         for group, parameter in self._flat_parameters():

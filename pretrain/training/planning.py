@@ -227,6 +227,15 @@ class Plan:
         c = self._setting(config, choice).compute_bytes
         return round(tensors * c * model.attention_size * positions * (size - 1) / size)
 
+    @property
+    def shardings(self) -> tuple[str, ...]:
+        """Worth a thought, the least work first.
+
+        Alone, a rank in fp32 has nothing to share and would only hold copies; in bf16 `none` computes by autocast.
+        """
+        alone = self.hardware.world_size == 1 and self.precision == "fp32"
+        return ("none",) if alone else ("optimizer", "gradients", "full")
+
     def choices(self) -> Iterator[Choice]:
         """In the order in which they are preferred: the least work first, larger micro-batches before smaller.
 
@@ -238,7 +247,7 @@ class Plan:
         enough = enough or largest_first[:1]
         for sizes in (enough, [m for m in largest_first if m not in enough]):
             for every in AGAIN:
-                for sharding in ("optimizer", "gradients", "full"):
+                for sharding in self.shardings:
                     for micro_batch_size in sizes:
                         yield Choice(sharding, every, micro_batch_size)
 
@@ -249,7 +258,7 @@ class Plan:
     @property
     def smallest(self) -> Choice:
         """What needs least on these devices."""
-        return Choice("full", 1, 1)
+        return Choice(self.shardings[-1], 1, 1)
 
     def remedies(self) -> list[str]:
         """What would make it fit where nothing does, each on its own."""

@@ -28,6 +28,19 @@ def test_the_least_work_that_fits_is_recommended():
         assert Plan(run(), VOCAB, gpus(gib)).need(choice).total <= USABLE * gib * GIB
 
 
+def test_a_rank_alone_shares_nothing_unless_that_would_be_autocast():
+    processor = Hardware("cpu", 64 * GIB, 1, False, 1)
+    alone = Plan(run("training.precision=fp32", size="15m"), VOCAB, processor)
+    assert alone.recommended().sharding == alone.smallest.sharding == "none"
+    others = [Choice(sharding, 1, 1) for sharding in ("optimizer", "gradients", "full")]
+    assert all(alone.need(alone.smallest).total < alone.need(choice).total for choice in others)
+    for config, hardware in (
+        (run("training.precision=bf16", size="15m"), processor),
+        (run("training.precision=fp32", size="15m"), Hardware("cpu", 64 * GIB, 2, False, 2)),
+    ):
+        assert Plan(config, VOCAB, hardware).recommended().sharding == "optimizer"
+
+
 def test_more_sharding_recomputation_or_fewer_rows_never_need_more_activations():
     plan = Plan(run(), VOCAB, gpus(79))
     peaks = [plan.need(Choice("optimizer", every, 32)).activations.peak for every in (0, 2, 1)]
