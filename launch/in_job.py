@@ -16,6 +16,7 @@ from launch.submit import find_manifest, prepare, refuse_if_queued
 from launch.sweep import Sweep, is_finished
 from pretrain.config import RunConfig, check_topology
 from pretrain.errors import UserError
+from pretrain.training.profiled_steps import ProfiledSteps
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str:
@@ -53,6 +54,7 @@ def prepare_run(
     console: Console,
     allow_change: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
+    profile: ProfiledSteps | None = None,
 ) -> Path | None:
     """The submission's folder for the job at hand, made at its first start; None if the run is trained already.
 
@@ -62,7 +64,7 @@ def prepare_run(
     job = job_id(environment)
     if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(config.run_folder, job)):
         return folder
-    from launch.train import is_complete
+    from launch.train import is_complete, profiling
 
     check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
     refuse_if_queued(config.run_folder)
@@ -70,7 +72,8 @@ def prepare_run(
     if is_complete(config):
         say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
         return None
-    folder, submission = prepare(config, manifest, console, allow_change)
+    variables = profiling(profile, config, manifest, console)
+    folder, submission = prepare(config, manifest, console, allow_change, variables)
     submission.jobs["train"] = job
     submission.write(folder)
     return folder

@@ -96,8 +96,12 @@ def make_folder(base: Path) -> Path:
     return folder
 
 
-def new_submission(base: Path, config: RunConfig, members: Sequence[Path] = ()) -> tuple[Path, Submission]:
+def new_submission(
+    base: Path, config: RunConfig, members: Sequence[Path] = (), variables: Mapping[str, str] | None = None
+) -> tuple[Path, Submission]:
     """The next submission of a run or a sweep, with all that its jobs need, and its folder.
+
+    `variables` are environment variables of its ranks.
 
     Raises:
         UserError: it cannot be written; nothing of it is left.
@@ -105,7 +109,7 @@ def new_submission(base: Path, config: RunConfig, members: Sequence[Path] = ()) 
     folder = base / SUBMISSIONS
     try:
         folder = make_folder(base)
-        return folder, fill_folder(folder, config, members)
+        return folder, fill_folder(folder, config, members, variables)
     except OSError as error:
         if folder.name != SUBMISSIONS:
             shutil.rmtree(folder, ignore_errors=True)
@@ -116,14 +120,16 @@ def new_submission(base: Path, config: RunConfig, members: Sequence[Path] = ()) 
         ) from error
 
 
-def fill_folder(folder: Path, config: RunConfig, members: Sequence[Path] = ()) -> Submission:
+def fill_folder(
+    folder: Path, config: RunConfig, members: Sequence[Path] = (), variables: Mapping[str, str] | None = None
+) -> Submission:
     """Copy the code into a submission's folder and write what its jobs need; `members` are the runs of a sweep."""
     submission = Submission(time.time(), secrets.token_hex(8))
     (folder / f"token-{submission.token}").touch()
     submission.commit = copy_code(folder)
     for script in sorted((HOME / "launch" / "jobs").glob("*.sh")):
         shutil.copy2(script, folder)
-    write_text(folder / "settings.sh", settings(config, submission.token))
+    write_text(folder / "settings.sh", settings(config, submission.token, variables))
     if members:
         write_text(folder / "members", "".join(f"{run}\n" for run in members))
     submission.write(folder)
@@ -156,8 +162,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout
 
 
-def settings(config: RunConfig, token: str) -> str:
-    """The text of settings.sh."""
+def settings(config: RunConfig, token: str, variables: Mapping[str, str] | None = None) -> str:
+    """The text of settings.sh; `variables` are for the environment of the ranks."""
     cluster = config.cluster
     srun_arguments, python = _container(config)
     values: dict[str, Any] = {
@@ -170,6 +176,7 @@ def settings(config: RunConfig, token: str) -> str:
     }
     lines = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
     lines += [f"srun_arguments=({shlex.join(srun_arguments)})", f"python=({shlex.join(python)})"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in (variables or {}).items()]
     return "# What this submission asked for; sourced by train.sh, rank.sh and evaluate.sh.\n" + "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ rank 0 alone, and need accounting). The job is bash (`jobs/train.sh`) around the
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pretrain.config import RunConfig, check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import UserError
 from pretrain.files import write_text
+from pretrain.training.profiled_steps import ProfiledSteps
 
 _BODY = """
 submission={submission}
@@ -126,11 +127,18 @@ def show_scripts(
 
 
 def submit(
-    config: RunConfig, console: Console, *, evaluate: bool, queue: bool = True, allow_change: Sequence[str] = ()
+    config: RunConfig,
+    console: Console,
+    *,
+    evaluate: bool,
+    queue: bool = True,
+    allow_change: Sequence[str] = (),
+    profile: ProfiledSteps | None = None,
 ) -> Path:
     """Queue a training, or its continuation, and its evaluation; returns the submission's folder.
 
-    With `queue` False all is prepared, but nothing is queued: for sites whose jobs are submitted in another way.
+    With `queue` False all is prepared, but nothing is queued: for sites whose jobs are submitted in another way. The
+    steps of `profile` are recorded.
 
     Raises:
         UserError: it would fail, be refused by Slurm, or is at work already.
@@ -139,7 +147,7 @@ def submit(
     if queue:
         check_cluster(config.cluster)
         refuse_if_queued(config.run_folder)
-    from launch.train import is_complete
+    from launch.train import is_complete, profiling
 
     manifest = find_manifest(config)
     if queue:
@@ -151,7 +159,8 @@ def submit(
             f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
         )
-    folder, submission = prepare(config, manifest, console, allow_change)
+    variables = profiling(profile, config, manifest, console)
+    folder, submission = prepare(config, manifest, console, allow_change, variables)
     scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
     if evaluate:
         scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
@@ -179,7 +188,11 @@ def open_run(config: RunConfig, manifest: Manifest, console: Console, allow_chan
 
 
 def prepare(
-    config: RunConfig, manifest: Manifest, console: Console, allow_change: Sequence[str] = ()
+    config: RunConfig,
+    manifest: Manifest,
+    console: Console,
+    allow_change: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> tuple[Path, Submission]:
     """Open the run, and make a submission's folder with all that its jobs need.
 
@@ -187,7 +200,7 @@ def prepare(
         UserError: see `open_run`.
     """
     open_run(config, manifest, console, allow_change)
-    return new_submission(config.run_folder, config)
+    return new_submission(config.run_folder, config, variables=variables)
 
 
 def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str], after: str = "afterok") -> None:

@@ -106,7 +106,7 @@ def train(
     from pretrain.training.run_lock import run_lock
 
     with run_lock(config.run_folder):
-        variables = _profiling(profile, config, manifest, console)
+        variables = profiling(profile, config, manifest, console)
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
         if is_complete(config):
@@ -125,8 +125,8 @@ def train(
     return EXIT_DONE
 
 
-def _profiling(steps: ProfiledSteps | None, config: RunConfig, manifest: Manifest, console: Console) -> dict[str, str]:
-    """What the ranks need to know to record these steps; nothing if there is nothing to record.
+def profiling(steps: ProfiledSteps | None, config: RunConfig, manifest: Manifest, console: Console) -> dict[str, str]:
+    """Environment variables by which the ranks record these steps; none if there is nothing to record.
 
     Raises:
         UserError: the run does not come to these steps.

@@ -22,6 +22,11 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for instance training.tokens=1000000."),
 ]
 
+Profile = Annotated[
+    str | None,
+    typer.Option(metavar="N:M", help="Record steps N to M with torch's profiler, in the run's folder profile/."),
+]
+
 
 class RunByDefault(TyperGroup):
     """Of commands such as `sweep`: `diptych sweep CONFIG` is `diptych sweep run CONFIG`."""

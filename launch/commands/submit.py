@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from launch.commands import cluster_options as cluster
-from launch.commands.arguments import Config, Overrides
+from launch.commands.arguments import Config, Overrides, Profile
 
 
 def submit(
@@ -25,6 +25,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY", help="Resume although KEY changed, which makes it another run. Repeatable."),
     ] = None,
+    profile: Profile = None,
     nodes: cluster.Nodes = None,
     min_nodes: cluster.MinNodes = None,
     gpus_per_node: cluster.GpusPerNode = None,
@@ -55,7 +56,9 @@ def submit(
     from launch.submit import show_scripts
     from launch.submit import submit as submit_run
     from pretrain.config import check_topology, load_config
+    from pretrain.training.profiled_steps import ProfiledSteps
 
+    steps = ProfiledSteps.parse(profile) if profile is not None else None
     run = load_config(config, [*changes, *(allocation_overrides() if in_job else [])])
     if dry_run:
         check_topology(run, run.cluster.nodes * run.cluster.ranks_per_node, run.cluster.ranks_per_node)
@@ -65,8 +68,9 @@ def submit(
     console = make_console(stderr=in_job or not queue)
     folder: Path | None
     if in_job:
-        folder = prepare_run(run, console, allow_change or [])
+        folder = prepare_run(run, console, allow_change or [], profile=steps)
     else:
-        folder = submit_run(run, console, evaluate=evaluate, queue=queue, allow_change=allow_change or [])
+        changed = allow_change or []
+        folder = submit_run(run, console, evaluate=evaluate, queue=queue, allow_change=changed, profile=steps)
     if folder and (in_job or not queue):
         print(folder)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import Config, Overrides, resumable
+from launch.commands.arguments import Config, Overrides, Profile, resumable
 
 
 def quickstart(overrides: Overrides = None) -> None:
@@ -36,10 +36,7 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse to resume from an older checkpoint if a newer one is damaged.")
     ] = False,
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="N:M", help="Record steps N to M with torch's profiler, in the run's folder profile/."),
-    ] = None,
+    profile: Profile = None,
     evaluate: Annotated[bool, typer.Option(help="Write the context report at the end.")] = True,
 ) -> None:
     """Train a config on this machine, or resume it.

@@ -66,8 +66,8 @@ class StepProfiler:
         return f"profile of steps {first} to {last}: {files} (open one at https://ui.perfetto.dev)"
 
     def close(self, step: int) -> str | None:
-        """The run ends after `step`; returns what to tell of a trace that is unfinished, or that there is none of."""
-        if self._steps is not None and not self._recorded:
+        """The run ends after `step`; returns what to tell of a trace that is unfinished, or of one that never began."""
+        if self._steps is not None and not self._recorded and step < self._steps.first:
             return f"profile: the run ends after step {step}, before step {self._steps.first}; there is no trace"
         return self._write()
 

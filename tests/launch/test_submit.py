@@ -17,6 +17,7 @@ from launch.submission import fill_folder, make_folder, newest_submission, node_
 from pretrain.cluster_config import time_seconds
 from pretrain.config import RunConfig, load_config, validate
 from pretrain.errors import UserError
+from pretrain.training.profiled_steps import ProfiledSteps
 
 GOLDEN = Path(__file__).parent / "golden"
 EVERYTHING = {
@@ -132,6 +133,17 @@ def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make
     assert record.jobs == {}
     assert (folder / f"token-{record.token}").exists()
     assert record.token in (folder / "train.sbatch").read_text()
+
+
+def test_the_ranks_of_a_job_are_told_which_steps_to_profile_and_impossible_ones_are_refused(make_config):
+    config = make_config()
+    with pytest.raises(UserError, match="--profile 90000:90001: 12,000 tokens take fewer than"):
+        submit.submit(config, Console(), evaluate=True, queue=False, profile=ProfiledSteps(90_000, 90_001))
+    folder = submit.submit(config, Console(), evaluate=True, queue=False, profile=ProfiledSteps(2, 3))
+    shown = subprocess.run(
+        ["bash", "-c", f". {folder}/settings.sh; printenv DIPTYCH_PROFILE"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == "2:3\n"
 
 
 def test_where_there_is_no_room_for_the_code_that_is_the_answer_and_nothing_is_left(make_config, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pretrain.training.profiled_steps import traces
 from tests.slurm.conftest import ROOT, Cluster, losses
 
 
@@ -15,7 +16,7 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     checkout = slurm.project / "a checkout"
     for part in ("pretrain", "launch", "configs"):
         shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
-    command = ["submit", "tiny.yaml", "name=life", "--nodes", "4", "--partition", "preempt"]
+    command = ["submit", "tiny.yaml", "name=life", "--nodes", "4", "--partition", "preempt", "--profile", "2:3"]
     assert "evaluation follows as job" in slurm.diptych(*command, "cluster.sbatch.begin=now+6", home=checkout)
     # The job waits; what happens to the checkout must not matter to it.
     for entry in ("pretrain/training/__main__.py", "launch/cli.py"):
@@ -46,6 +47,8 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     assert slurm.state(train) == "COMPLETED"
     assert [start.exit_code for start in slurm.starts("life")] == [75, 75, 0]
     assert {start.ranks for start in slurm.starts("life")} == {4}
+    # At its second start: the first one takes no step. Later ones are past these steps and say nothing of them.
+    assert [path.name[5:9] for path in traces(slurm.run("life"), 2)] == ["0000", "0001", "0002", "0003"]
     report = json.loads((slurm.run("life") / "evaluation" / "context" / "report.json").read_text())
 
     assert losses(slurm.run("life")) == losses(whole)

@@ -91,6 +91,8 @@ def test_a_run_that_ends_early_writes_what_there_is_or_says_that_there_is_nothin
     assert "before step 5; there is no trace" in StepProfiler(
         tmp_path, ProfiledSteps(5, 9), 0, torch.device("cpu")
     ).close(4)
+    # As a job that is put back into the queue after those steps.
+    assert StepProfiler(tmp_path, ProfiledSteps(2, 3), 0, torch.device("cpu")).close(7) is None
 
 
 def train_in_pieces(rank, plain, profiled):
