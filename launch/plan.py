@@ -215,6 +215,8 @@ def _notes(plan: Plan) -> list[str]:
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
         "sharding full and hybrid, only its part",
     ]
+    if host := plan.need(plan.configured).states.host:
+        notes.append(f"training.offload=cpu: as configured every rank keeps {size(host)} in host memory")
     shared = plan.run.parallel.sequence
     if shared > 1:
         positions = plan.config.data.sequence_length // shared

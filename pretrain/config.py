@@ -149,6 +149,11 @@ class RunConfig(Section):
             self._check_phase(self.in_phase(phase), phase)
         lengths = (phase.sequence_length for phase in self.phases if phase.sequence_length)
         self.parallel.check(self.model.num_heads, (self.data.sequence_length, *lengths))
+        if self.training.offload != "none" and self.optimizer.kind == "muon":
+            raise ValueError(
+                f"training.offload is {self.training.offload}, but optimizer.kind is muon, whose matrix products are "
+                "too much for the host; use adamw, or training.offload=none with more sharding"
+            )
         if self.corpus.sources and self.corpus.min_train_shards < self.data.streams:
             raise ValueError(
                 f"data.streams = {self.data.streams} need a shard each, but corpus.min_train_shards = "

@@ -78,6 +78,12 @@ class TrainingConfig(Section):
     reduce_dtype: Literal["auto", "fp32"] = "auto"
     """In what gradients are summed over ranks: `auto` is what they are computed in; `fp32` rounds no sum, and in bf16
     runs sends twice as much."""
+    overlap_communication: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
+    """Sum gradients over ranks while the backward pass still runs, in two buckets by turns: `auto` is on under `full`
+    and `hybrid`. Without sharding they are always summed after it."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where the fp32 master weights and the moments are: `cpu` is the host's memory, where AdamW then moves them. For
+    GPUs whose memory they do not fit into; each step waits for the transfer."""
     activation_checkpointing: Literal["none", "full"] | Count = "none"
     """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
     k (every k-th block)."""
@@ -98,6 +104,17 @@ class TrainingConfig(Section):
     """Steps between two validations; there is always one at the end."""
     validation_rows: Count = 512
     """Rows of the validation split in each of them, with fixed masks (fewer if the split has fewer)."""
+
+    @model_validator(mode="after")
+    def _sharding_allows_the_rest(self) -> "TrainingConfig":
+        if self.overlap_communication == "on" and self.sharding == "none":
+            raise ValueError("overlap_communication is on, but nothing is summed early under sharding none")
+        if self.offload != "none" and self.sharding in ("none", "hybrid"):
+            raise ValueError(
+                f"offload is {self.offload}, but sharding is {self.sharding}; offload works with optimizer, gradients "
+                "and full"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

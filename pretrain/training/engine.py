@@ -109,6 +109,8 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str, paramet
             "stage3_max_reuse_distance": buckets.live,
             "zero_hpz_partition_size": ranks_per_node(world_size) if config.training.sharding == "hybrid" else 1,
             "stage3_param_persistence_threshold": buckets.persistent,
+            "overlap_comm": {"auto": stage == 3, "on": True, "off": False}[config.training.overlap_communication],
+            "offload_optimizer": {"device": config.training.offload, "pin_memory": torch.cuda.is_available()},
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -61,10 +61,12 @@ class ModelStates:
     """Between two micro-batches of a step."""
     optimizer: int
     """Moments and step counters."""
+    host: int = 0
+    """What `offload` has put into the host's memory: it is in none of the others."""
 
     @property
     def total(self) -> int:
-        """Of all three."""
+        """Of the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -74,9 +76,20 @@ def compute_bytes(stage: int, precision: str) -> int:
 
 
 def model_states(
-    groups: Groups, moments: Moments, stage: int, world_size: int, precision: str, accumulation: int
+    groups: Groups,
+    moments: Moments,
+    stage: int,
+    world_size: int,
+    precision: str,
+    accumulation: int,
+    offload: bool = False,
 ) -> ModelStates:
-    """Of one rank at ZeRO `stage`; `accumulation` is the number of micro-batches in a step."""
+    """Of one rank at ZeRO `stage`; `accumulation` is the number of micro-batches in a step.
+
+    With `offload` (stages 1 to 3) master weights, moments and gradients in fp32 for the update are on the host, as are
+    the gradients of stages 2 and 3 between micro-batches; stages 1 and 2 copy weights and gradients there through
+    buffers.
+    """
     c = compute_bytes(stage, precision)
     elements = sum(map(sum, groups))
     if stage == 0:
@@ -89,12 +102,19 @@ def model_states(
         # On one rank a partition is the whole parameter, and nothing needs to be gathered.
         whole = Buckets.of(elements).persistent
         kept = sum(n for group in groups for n in group if n <= whole) if world_size > 1 else 0
-        return ModelStates((c + FP32) * own + c * kept, c * own, FP32 * _kept(held, moments) + counters)
+        optimizer = FP32 * _kept(held, moments) + counters
+        if offload:
+            return ModelStates(c * (own + kept), 0, 0, host=(2 * FP32 + c) * own + optimizer)
+        return ModelStates((c + FP32) * own + c * kept, c * own, optimizer)
     flat = [_flat(group, world_size) for group in groups]
     own = sum(flat) // world_size
     whole_gradients = stage == 1 and accumulation > 1
     gradients = elements if whole_gradients else gradient_partition(groups, world_size)
     optimizer = FP32 * _kept((elements // world_size for elements in flat), moments) + counters
+    if offload:
+        largest = c * max(map(max, groups))
+        host = (2 * FP32 + c) * own + optimizer + largest + (0 if whole_gradients else c * gradients)
+        return ModelStates(c * sum(flat) + largest, c * gradients if whole_gradients else 0, 0, host)
     return ModelStates(c * sum(flat) + FP32 * own, c * gradients, optimizer)
 
 
@@ -134,9 +154,16 @@ class Buffers:
 
 
 def buffers(
-    groups: Groups, stage: int, world_size: int, precision: str, accumulation: int, reduce_in_fp32: bool
+    groups: Groups,
+    stage: int,
+    world_size: int,
+    precision: str,
+    accumulation: int,
+    reduce_in_fp32: bool,
+    overlap: bool = False,
+    offload: bool = False,
 ) -> Buffers:
-    """Of one rank."""
+    """Of one rank; see `model_states`. `overlap` are two buckets by turns, at stages 1 and 2."""
     elements = sum(map(sum, groups))
     sizes = Buckets.of(elements)
     if stage == 0:
@@ -150,10 +177,13 @@ def buffers(
     own = sum(_flat(group, world_size) for group in groups) // world_size
     if stage == 3:
         gathered = sizes.live + sizes.prefetched + largest if world_size > 1 else 0
-        return Buffers(c * (bucket + min(gathered, elements)) + copied, FP32 * min(own, SUB_GROUP))
-    # From the second micro-batch on, its gradients are beside those that it is added to.
-    arriving = gradient_partition(groups, world_size) if stage == 2 and accumulation > 1 else 0
-    return Buffers(c * (bucket + arriving) + copied, FP32 * own if c < FP32 else 0)
+        update = 0 if offload else FP32 * min(own, SUB_GROUP)
+        return Buffers(c * (bucket + min(gathered, elements)) + copied, update)
+    # From the second micro-batch on, its gradients are beside those that it is added to; offloaded ones go at once.
+    beside = stage == 2 and accumulation > 1 and not offload
+    arriving = gradient_partition(groups, world_size) if beside else 0
+    buckets = bucket * (2 if overlap else 1)
+    return Buffers(c * (buckets + arriving) + copied, FP32 * own if c < FP32 and not offload else 0)
 
 
 def checkpoint_bytes(groups: Groups, moments: Moments) -> int:

@@ -76,11 +76,16 @@ class Need:
     states: ModelStates
     buffers: Buffers
     activations: Activations
+    on_gpu: bool
 
     @property
     def total(self) -> int:
-        """At the peak: while gradients flow, or while the optimizer moves and activations are gone."""
-        return self.states.total + max(self.buffers.communication + self.activations.peak, self.buffers.update)
+        """At the peak: while gradients flow, or while the optimizer moves and activations are gone.
+
+        Of the device; where that is the host, with what `offload` puts there.
+        """
+        own = self.states.total + (0 if self.on_gpu else self.states.host)
+        return own + max(self.buffers.communication + self.activations.peak, self.buffers.update)
 
 
 @dataclass(frozen=True)
@@ -191,13 +196,21 @@ class Plan:
         accumulation = math.ceil(self.rows_per_rank(self.config) / choice.micro_batch_size)
         shape = self.optimizer
         spread = (stage, world_size, self.precision, accumulation)
-        beside = buffers(shape.sizes, *spread, reduce_in_fp32=self.config.training.reduce_dtype == "fp32")
+        training = self.config.training
+        offload = training.offload == "cpu" and choice.sharding not in ("none", "hybrid")
+        beside = buffers(
+            shape.sizes,
+            *spread,
+            reduce_in_fp32=training.reduce_dtype == "fp32",
+            overlap=training.overlap_communication == "on",
+            offload=offload,
+        )
         if shape.largest:
             # Stages 1 and 2 cut at most one matrix between two ranks; stage 3 cuts all of them.
             shared = 0 if stage == 0 or world_size == 1 else shape.orthogonal if stage == 3 else shape.largest
             element = 2 if self.precision == "bf16" else 4
             beside = replace(beside, update=beside.update + working_bytes(shape.largest, shared, element))
-        states = model_states(shape.sizes, shape.moments, *spread)
+        states = model_states(shape.sizes, shape.moments, *spread, offload=offload)
         if choice.sharding == "hybrid":
             again = compute_bytes(stage, self.precision) * math.ceil(self.parameters / self.hardware.ranks_per_node)
             states = replace(states, weights=states.weights + again)
@@ -205,6 +218,7 @@ class Plan:
             states=states,
             buffers=beside,
             activations=activations(self._setting(self.config, choice)),
+            on_gpu=self.hardware.on_gpu,
         )
 
     @property
@@ -269,7 +283,7 @@ class Plan:
             if larger.fits(self.smallest):
                 found.append(f"use {world_size} devices")
                 break
-        found += self._shared_rows()
+        found += self._shared_rows() + self._offload()
         length, shared = self.config.data.sequence_length, self.run.parallel.sequence
         halves = (length // 2**k for k in range(1, length.bit_length()))
         for shorter in (half for half in halves if half >= 8 and half % shared == 0):
@@ -294,6 +308,18 @@ class Plan:
                 if Plan(shared, self.vocab_size, self.hardware).fits(self.smallest):
                     return [f"share rows by parallel.sequence={size}"]
         return []
+
+    def _offload(self) -> list[str]:
+        """As a remedy, the optimizer in the host's memory, if the devices are not that themselves."""
+        run = self.run
+        if not self.hardware.on_gpu or run.optimizer.kind == "muon" or run.training.offload != "none":
+            return []
+        training = run.training.model_copy(update={"offload": "cpu"})
+        moved = Plan(run.model_copy(update={"training": training}), self.vocab_size, self.hardware)
+        if not moved.fits(moved.smallest):
+            return []
+        host = moved.need(moved.smallest).states.host * self.hardware.ranks_per_node / GIB
+        return [f"keep the optimizer in host memory by training.offload=cpu ({host:,.0f} GiB a node)"]
 
 
 def advice(config: RunConfig, vocab_size: int, hardware: Hardware) -> str:

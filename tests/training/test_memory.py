@@ -14,6 +14,11 @@ from pretrain.training.optimizer import parameter_groups
 from tests.ranks import run_on_ranks
 
 VOCAB, LENGTH = 2048, 16
+WAYS = [
+    *((sharding, "none") for sharding in ("none", "optimizer", "gradients", "full")),
+    *((sharding, "cpu") for sharding in ("optimizer", "gradients", "full")),
+]
+"""`sharding` and `offload`."""
 STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
 
 
@@ -69,16 +74,16 @@ def train(engine, batch: Batch, steps: int) -> int:
 
 
 def measure(rank, world_size):
-    """Per stage and precision: bytes of all tensors but the bucket, of optimizer states, the groups, all-reduces."""
+    """Per way to spread: bytes of all tensors but the bucket, of optimizer states, the groups, elements all-reduced."""
     from pretrain.training.engine import Engine
 
     ids = torch.randint(VOCAB, (1, LENGTH))
     batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(LENGTH)[None])
     results = {}
     for precision in ("fp32", "bf16"):
-        for sharding in STAGES:
+        for sharding, offload in WAYS:
             before = storages()
-            config = config_of(sharding, precision, world_size)
+            config = config_of(sharding, precision, world_size, offload=offload)
             model = MaskedLanguageModel(config.model, VOCAB)
             groups = group_sizes(model)
             engine = Engine(model, config, world_size, torch.device("cpu"))
@@ -89,7 +94,7 @@ def measure(rank, world_size):
             now = {address: size for address, size in storages().items() if before.get(address) != size}
             bucket = Buckets.of(sum(map(sum, groups))).reduced
             total = sum(size for size in now.values() if size != bucket * compute_bytes(STAGES[sharding], precision))
-            results[sharding, precision] = (total, optimizer, groups, train(engine, batch, steps=2))
+            results[sharding, precision, offload] = (total, optimizer, groups, train(engine, batch, steps=2))
             del engine, states
     return results
 
@@ -98,12 +103,13 @@ def measure(rank, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_model_states_are_exactly_those_of_a_real_engine_on_the_rank_that_holds_most(tmp_path, world_size):
     ranks = run_on_ranks(measure, world_size, tmp_path / "ranks", world_size)
-    for (sharding, precision), (_, optimizer, groups, reduced) in ranks[0].items():
-        planned = model_states(groups, [2, 2], STAGES[sharding], world_size, precision, accumulation=4)
-        assert planned.optimizer == optimizer, (sharding, precision)
-        most = max(rank[sharding, precision][0] for rank in ranks)
+    for way, (_, optimizer, groups, reduced) in ranks[0].items():
+        sharding, precision, offload = way
+        planned = model_states(groups, [2, 2], STAGES[sharding], world_size, precision, 4, offload == "cpu")
+        assert planned.optimizer == (0 if offload == "cpu" else optimizer), way
+        most = max(rank[way][0] for rank in ranks)
         # What DeepSpeed keeps beside them: flags and norms of a few bytes, and the batch of this test.
-        assert 0 <= most - planned.total < 1200, (sharding, precision, most, planned)
+        assert 0 <= most - planned.total - planned.host < 1200, (way, most, planned)
         if sharding == "none":
             assert reduced == (sum(map(sum, groups)) if world_size > 1 else 0), "alone there is nobody to sum with"
 

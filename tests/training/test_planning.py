@@ -65,13 +65,16 @@ def test_the_plan_is_for_the_phase_whose_micro_batches_need_most():
 
 
 def test_where_nothing_fits_every_remedy_does():
-    config = run("data.streams=4096", "training.batch_size=4096", "data.sequence_length=32768")
+    overrides = ("data.streams=4096", "training.batch_size=4096", "data.sequence_length=32768")
+    config = run(*overrides)
     plan = Plan(config, VOCAB, gpus(24, number=1))
     assert plan.recommended() is None
-    devices, shorter, larger = plan.remedies()
+    devices, offload, shorter, larger = plan.remedies()
     number = int(devices.split()[1])
     assert Plan(config, VOCAB, gpus(24, number)).fits(plan.smallest)
     assert not Plan(config, VOCAB, gpus(24, number // 2)).fits(plan.smallest)
+    assert offload.startswith("keep the optimizer in host memory by training.offload=cpu (")
+    assert Plan(run(*overrides, "training.offload=cpu"), VOCAB, gpus(24, number=1)).fits(plan.smallest)
     assert shorter.startswith("shorten rows to data.sequence_length=")
     assert Plan(config, VOCAB, gpus(int(larger.split()[3].replace(",", "")), 1)).fits(plan.smallest)
 
