@@ -15,7 +15,7 @@ test: install  ## lint, types, and the fast tests
 	$(VENV)/bin/python -m pytest -m "not slow"
 
 test-slow: install  ## the tests that take longer: whole runs, kills, resumes
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m slow --durations=20
 
 lint: install
 	$(VENV)/bin/ruff check .

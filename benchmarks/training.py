@@ -29,6 +29,7 @@ from pretrain.batch import Batch
 from pretrain.config import RunConfig, load_config
 from pretrain.training.engine import Engine, build_model, load_deepspeed
 from pretrain.training.flops import flops_per_token, peak_flops
+from pretrain.training.inspection import Inspection
 from pretrain.training.mock_step import largest_batch
 from pretrain.training.peak_memory import PeakMemory
 from pretrain.training.step import agree_on_step, train_step
@@ -44,6 +45,7 @@ CPU: list[Shape] = [("15m", 8, 256), ("15m", 2, 1024)]
 GPU: list[Shape] = [("133m", 64, 512), ("400m", 32, 512), ("1b", 16, 512)]
 FOR_SPEED = () if torch.cuda.is_available() else ("training.sharding=none", "training.compile=on")
 """On a GPU blocks are compiled by default, and bf16 without sharding would be autocast."""
+MUON, NORMS = "Diptych, Muon", "Diptych, norms by group at every step"
 NOT_COMPILED = ("training.sharding=none", "training.compile=off")
 TO_REACH = {"133m": {"tokens a second": 327_680, "MFU": 0.5}, "1b": {"MFU": 0.62}}
 """On one H200: what was published for a bidirectional encoder of 133 M, and shares of the peak, triangles as such."""
@@ -71,8 +73,9 @@ def make_config(shape: Shape, ranks: int = 1, *overrides: str, attention: str = 
 class DiptychLoop:
     """The step of a run."""
 
-    def __init__(self, config: RunConfig, ranks: int, device: torch.device) -> None:
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: RunConfig, ranks: int, device: torch.device, inspect: bool = False) -> None:
+        """`inspect` takes the norms by group in every step, not at log steps alone."""
+        self._config, self._ranks, self._inspect = config, ranks, inspect
         self.clock = StepClock(device)
         self.engine = Engine(build_model(config, VOCABULARY, ranks, device), config, ranks, device)
         self.engine.set_learning_rate(1e-4)
@@ -81,7 +84,9 @@ class DiptychLoop:
         """One update."""
         with self.clock.section("communication"):
             totals = agree_on_step(batch, 0, False, self.engine.sequence)
-        train_step(self.engine, batch, totals, self._config.training.micro_batch_size, self._ranks, clock=self.clock)
+        inspection = Inspection(self.engine) if self._inspect else None
+        micro_batch_size = self._config.training.micro_batch_size
+        train_step(self.engine, batch, totals, micro_batch_size, self._ranks, clock=self.clock, inspection=inspection)
 
 
 def join(rank: int, ranks: int, folder: str) -> torch.device:
@@ -117,8 +122,10 @@ def make_loop(kind: str, shape: Shape, device: torch.device) -> DiptychLoop | Pl
         "Diptych, not compiled": make_config(shape, 1, *NOT_COMPILED),
         "Diptych, defaults": make_config(shape),
         "Diptych, bidirectional": make_config(shape, 1, *FOR_SPEED, attention="bidirectional"),
+        MUON: make_config(shape, 1, *FOR_SPEED, "optimizer.kind=muon"),
+        NORMS: make_config(shape, 1, *FOR_SPEED),
     }[kind]
-    return DiptychLoop(config, 1, device)
+    return DiptychLoop(config, 1, device, inspect=kind == NORMS)
 
 
 def peak_of(_: int, kind: str, shape: Shape, folder: str) -> None:
@@ -194,6 +201,16 @@ def against_the_plain_loop(shape: Shape, rounds: int, device: torch.device) -> l
     return found + (on_a_gpu(size, reached) if device.type == "cuda" else [])
 
 
+def costs(shape: Shape, rounds: int, device: torch.device) -> list[Row]:
+    """What Muon takes more than AdamW, and a step with the metrics of a log step more than one without."""
+    size, rows, length = shape
+    batch = largest_batch(make_config(shape), rows, VOCABULARY)
+    loops = {name: make_loop(name, shape, device) for name in ("Diptych", MUON, NORMS)}
+    seconds = paired({name: (lambda loop=loop: loop.step(batch)) for name, loop in loops.items()}, rounds)
+    row = Row(f"{device.type} {size}, {rows} rows of {length}", "", "Diptych", "time of a step, first / second")
+    return [compare(replace(row, subject=name), seconds[name], seconds["Diptych"]) for name in (MUON, NORMS)]
+
+
 def on_a_gpu(size: str, reached: dict[str, float]) -> list[Row]:
     """What is to be reached on one H200, with what was; nothing where there was none."""
     found = []
@@ -244,6 +261,7 @@ def main() -> None:
     for shape in GPU if device.type == "cuda" else CPU:
         rows += against_the_plain_loop(shape, options.rounds, device)
         rows += memory(shape, device)
+    rows += costs((GPU if device.type == "cuda" else CPU)[0], options.rounds, device)
     dist.destroy_process_group()
     shutil.rmtree(folder)
     if device.type == "cpu":

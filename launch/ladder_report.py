@@ -25,6 +25,9 @@ MARKDOWN, RESULTS, PLOT = "ladder.md", "results.json", "ladder.png"
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t, 97.5 %, for 1 to 10 degrees of freedom; for more of them the last is used, a little too wide."""
 
+FAR = 20.0
+"""Times the compute of the largest training, beyond which a prediction comes with a warning."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -152,9 +155,11 @@ def findings(climbed: Climbed) -> list[str]:
         lines.append("Two runs leave nothing to judge the spread by: no intervals. Add a size, or --seeds 1,2.")
     lines.append(_left_out(climbed))
     if (following := climbed.ladder.next_rung) is not None:
+        times = following.flops / max(rung.flops for rung in rungs)
         lines.append(
             f"Next, {following.size}: {law.predict(following.flops)} after {compact(following.tokens, ' ')} tokens, "
-            f"{following.flops:.2e} FLOPs."
+            f"{following.flops:.2e} FLOPs, {times:.3g} times the largest training's"
+            + (": so far beyond what was trained it is too hopeful." if times > FAR else ".")
         )
     if law.exponent <= 0:
         lines.append("The larger sizes are no better: too few tokens, or a learning rate that does not suit them.")

@@ -39,15 +39,18 @@ def hardware(gpu: str, nodes: int, gpus_per_node: int, peak_tflops: float | None
     if gpu == "cpu":
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Hardware("cpu", here // gpus_per_node, **spread, on_gpu=False, peak=peak)
-    if gpu in GPUS:
-        gib, known = GPUS[gpu]
+    if (name := gpu.lower()) in GPUS:
+        gib, known = GPUS[name]
         return Hardware(gpu.upper(), gib * GIB, **spread, on_gpu=True, peak=peak or known)
     try:
         gib_given = float(gpu)
     except ValueError:
         gib_given = 0.0
     if not gib_given > 0:
-        raise UserError(f"--gpu {gpu}: neither one of {', '.join(GPUS)}, cpu, nor the memory of a GPU in GiB")
+        raise UserError(
+            f"--gpu {gpu}: neither one of {', '.join(GPUS)}, cpu, nor the memory of a GPU in GiB; of others "
+            "give that and their peak, for instance --gpu 180 --peak 2250"
+        )
     return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), **spread, on_gpu=True, peak=peak)
 
 
@@ -139,9 +142,11 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _shardings(plan: Plan) -> list[str]:
-    """Those that there can be: `hybrid` is for several nodes."""
+    """Those that there can be: `hybrid` is for several nodes, and neither it nor `none` goes with offload."""
     several = 1 < plan.hardware.ranks_per_node < plan.hardware.world_size
-    return [sharding for sharding in ZERO_STAGE if sharding != "hybrid" or several]
+    offloaded = plan.run.training.offload != "none"
+    refused = {"hybrid" if offloaded or not several else "", "none" if offloaded else ""}
+    return [sharding for sharding in ZERO_STAGE if sharding not in refused]
 
 
 def _states(plan: Plan) -> Table:
@@ -216,7 +221,9 @@ def _notes(plan: Plan) -> list[str]:
         "sharding full and hybrid, only its part",
     ]
     if host := plan.need(plan.configured).states.host:
-        notes.append(f"training.offload=cpu: as configured every rank keeps {size(host)} in host memory")
+        best = plan.recommended()
+        taken = f", {size(plan.need(best).states.host)} as recommended" if best and best != plan.configured else ""
+        notes.append(f"training.offload=cpu: every rank keeps {size(host)} in host memory as configured{taken}")
     shared = plan.run.parallel.sequence
     if shared > 1:
         positions = plan.config.data.sequence_length // shared
@@ -248,6 +255,7 @@ def _speed(plan: Plan, mfu: float | None) -> list[str]:
     lines = [
         f"speed: {compact(tokens_per_s)} tokens/s at {said}; triangles counted as triangles"
         + ("" if every == 0 else f", {again - 1:.0%} more work for blocks computed again")
+        + ("; less by what each step waits for the host" if plan.run.training.offload != "none" else "")
     ]
     budgets = {
         f"training.tokens = {compact(plan.run.training.tokens)}": plan.run.training.tokens,

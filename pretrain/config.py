@@ -189,12 +189,16 @@ def check_topology(config: RunConfig, world_size: int, ranks_per_node: int | Non
     if not works_with(config, world_size):
         size = config.parallel.sequence
         works = [n for n in range(size, size * config.data.streams + 1, size) if works_with(config, n)]
-        ranks = f"{world_size} ranks" + (f" in groups of parallel.sequence = {size}" if size > 1 else "")
-        raise UserError(
-            f"{ranks} cannot share data.streams = {config.data.streams} and training.batch_size = "
-            f"{', '.join(map(str, _batch_sizes(config)))} evenly; use one of {', '.join(map(str, works))} ranks, or "
-            "change these"
-        )
+        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+        if world_size % size:
+            problem = f"{ranks} cannot be put into groups of parallel.sequence = {size}"
+        else:
+            groups = f" in groups of parallel.sequence = {size}" if size > 1 else ""
+            problem = (
+                f"{ranks}{groups} cannot share data.streams = {config.data.streams} and training.batch_size = "
+                f"{', '.join(map(str, _batch_sizes(config)))} evenly"
+            )
+        raise UserError(f"{problem}; use one of {', '.join(map(str, works))} ranks, or change these")
     per_node = ranks_per_node or world_size
     if config.training.sharding == "hybrid" and (world_size % per_node or not 1 < per_node < world_size):
         raise UserError(
@@ -225,7 +229,7 @@ def find_config(name: str, beside: Path | None = None) -> Path:
         if path.is_file():
             return path.absolute()
     packaged = sorted(str(p.relative_to(config_folder()).with_suffix("")) for p in config_folder().rglob("*.yaml"))
-    nearest = difflib.get_close_matches(name, packaged, n=1)
+    nearest = [path for path in packaged if path.split("/")[-1] == name] or difflib.get_close_matches(name, packaged, 1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"no config {name!r}: neither a file nor one of {', '.join(packaged)}{hint}")
 

@@ -79,7 +79,12 @@ def ladder_show(
 
     [bold]Example:[/bold] diptych ladder show books-ladder
     """
-    _show((folder / ladder if (folder / ladder).is_dir() else Path(ladder)).absolute())
+    from pretrain.errors import UserError
+
+    path = next((path for path in (folder / ladder, Path(ladder)) if path.is_dir()), None)
+    if path is None:
+        raise UserError(f"no ladder {ladder!r}: neither a folder nor a name in {folder.absolute()}")
+    _show(path.absolute())
 
 
 def _show(folder: Path) -> None:

@@ -193,7 +193,7 @@ class Engine:
         self._deepspeed.enable_backward_allreduce = self.stage > 0 or world_size > 1
         self.module: Any = self._deepspeed.module
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
-        for group, parameter in self._flat_parameters():
+        for group, parameter in self.flat_parameters():
             optimizer.state[parameter].update(initial_state(parameter, group["moments"]))
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -210,7 +210,7 @@ class Engine:
         """The optimizer that does the arithmetic, inside ZeRO's."""
         return self.zero if self.stage == 0 else self.zero.optimizer
 
-    def _flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
+    def flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
         """The tensors that the torch optimizer's state is keyed by, each with its group."""
         groups = self.torch_optimizer.param_groups
         if self.stage == 0:
@@ -222,11 +222,11 @@ class Engine:
 
     def _give_pieces(self, optimizer: Muon) -> None:
         """Tell Muon where in ZeRO's flat tensors its matrices lie, on all ranks; collective."""
-        flat = [tensor for _, tensor in self._flat_parameters()]
+        flat = [tensor for _, tensor in self.flat_parameters()]
         own: list[list[Piece]] = [[] for _ in flat]
         for fragment in fragments(self):
             if fragment.kind == "weight":
-                number, offset = _place(fragment.tensor, flat)
+                number, offset = place_in(fragment.tensor, flat)
                 own[number].append(Piece(fragment.parameter, fragment.start, fragment.tensor.numel(), offset))
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         pieces = [own] * world_size
@@ -302,7 +302,7 @@ class Engine:
 
     def set_optimizer_steps(self, steps: int) -> None:
         """The optimizer's own step count, which AdamW's bias correction needs."""
-        for _, parameter in self._flat_parameters():
+        for _, parameter in self.flat_parameters():
             self.torch_optimizer.state[parameter]["step"].fill_(steps)
 
     def forget_moments(self) -> None:
@@ -314,7 +314,7 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Steps that the optimizer took: skipped ones are not among them."""
-        return int(self.torch_optimizer.state[self._flat_parameters()[0][1]]["step"])
+        return int(self.torch_optimizer.state[self.flat_parameters()[0][1]]["step"])
 
     def refresh_weights(self) -> None:
         """Make the weights that the model computes with those of the fp32 master, on all ranks."""
@@ -330,7 +330,7 @@ class Engine:
                 persistent[0].all_gather(persistent)
 
 
-def _place(view: Tensor, flat: list[Tensor]) -> tuple[int, int]:
+def place_in(view: Tensor, flat: list[Tensor]) -> tuple[int, int]:
     """In which of the flat tensors a view of one begins, and where."""
     for number, tensor in enumerate(flat):
         offset = int(view.storage_offset() - tensor.storage_offset())

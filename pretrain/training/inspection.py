@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.model.summary import GROUPS, group_of
-from pretrain.training.engine import Engine
+from pretrain.training.engine import Engine, place_in
 from pretrain.training.fragments import Fragment, fragments
 
 QUANTITIES = ("gradient", "weight", "update")
@@ -47,6 +47,7 @@ class Inspection:
         """Squares of these, which are all or a sample of what is owned: each counts for as many elements."""
         if tensors:
             norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
+            norms = norms.to(self.squares.device)  # from the host, where the optimizer is offloaded
             pairs = list(zip(self._own, tensors, strict=True))
             counts = [piece.tensor.numel() / max(tensor.numel(), 1) for piece, tensor in pairs]
             squares = norms.double().square() * torch.tensor(counts, dtype=torch.float64, device=norms.device)
@@ -80,6 +81,8 @@ def own_gradients(engine: Engine) -> dict[str, Tensor]:
     parameters: dict[str, Any] = dict(engine.module.named_parameters())
     if engine.stage == 0:
         return {name: parameter.grad.view(-1) for name, parameter in parameters.items()}
+    if engine.config.training.offload != "none":
+        return _offloaded_gradients(engine)
     averaged = engine.zero.averaged_gradients
     if engine.stage == 3:
         of_parameter = {
@@ -95,6 +98,17 @@ def own_gradients(engine: Engine) -> dict[str, Tensor]:
         if (mapping := parameter._hp_mapping) is not None:
             address = mapping.get_hp_fragment_address()
             found[name] = at[mapping.param_group_index][address.start].view(-1)[: address.numel]
+    return found
+
+
+def _offloaded_gradients(engine: Engine) -> dict[str, Tensor]:
+    """They are on the host in fp32, laid out as the master weights."""
+    flat: list[Any] = [tensor for _, tensor in engine.flat_parameters()]
+    found = {}
+    for fragment in fragments(engine):
+        if fragment.kind == "weight":
+            number, offset = place_in(fragment.tensor, flat)
+            found[fragment.parameter] = flat[number].grad.view(-1)[offset : offset + fragment.tensor.numel()]
     return found
 
 

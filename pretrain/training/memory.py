@@ -113,8 +113,8 @@ def model_states(
     optimizer = FP32 * _kept((elements // world_size for elements in flat), moments) + counters
     if offload:
         largest = c * max(map(max, groups))
-        host = (2 * FP32 + c) * own + optimizer + largest + (0 if whole_gradients else c * gradients)
-        return ModelStates(c * sum(flat) + largest, c * gradients if whole_gradients else 0, 0, host)
+        host = (2 * FP32 + c) * own + optimizer + largest + (0 if stage == 1 else c * gradients)
+        return ModelStates(c * sum(flat) + largest, c * elements if stage == 1 else 0, 0, host)
     return ModelStates(c * sum(flat) + FP32 * own, c * gradients, optimizer)
 
 

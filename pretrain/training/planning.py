@@ -318,8 +318,10 @@ class Plan:
         moved = Plan(run.model_copy(update={"training": training}), self.vocab_size, self.hardware)
         if not moved.fits(moved.smallest):
             return []
-        host = moved.need(moved.smallest).states.host * self.hardware.ranks_per_node / GIB
-        return [f"keep the optimizer in host memory by training.offload=cpu ({host:,.0f} GiB a node)"]
+        choice = moved.recommended() or moved.smallest
+        host = moved.need(choice).states.host * self.hardware.ranks_per_node / GIB
+        words = " ".join(["training.offload=cpu", *choice.overrides])
+        return [f"keep the optimizer in host memory, {host:,.0f} GiB a node: {words}"]
 
 
 def advice(config: RunConfig, vocab_size: int, hardware: Hardware) -> str:

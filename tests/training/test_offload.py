@@ -1,13 +1,26 @@
 """The optimizer in the host's memory: the run is the one that it is without, and moves there and back."""
 
+import math
+
 import pytest
 
 from pretrain.errors import UserError
+from pretrain.training.metrics import read_metrics
 from pretrain.training.run_folder import open_run_folder
 from tests.ranks import run_on_ranks
 from tests.training.test_training import curve, poisoned, skipped, train
 
 SHARDINGS = ("optimizer", "gradients", "full")
+
+
+def by_group(config) -> list[dict[str, float]]:
+    """Gradient norms and update/weight ratios of each step that is looked at."""
+    records = [r for r in read_metrics(config.run_folder / "metrics.jsonl") if "grad_norms" in r]
+    assert [r["step"] for r in records] == list(range(2, records[-1]["step"] + 1, 2))
+    return [
+        {f"{kind} {name}": value for kind in ("grad_norms", "update_ratios") for name, value in r[kind].items()}
+        for r in records
+    ]
 
 
 def train_plain_and_moved(rank, cases, bad):
@@ -25,7 +38,7 @@ def test_a_run_moves_to_the_hosts_memory_and_back_as_if_it_had_not_and_skips_ste
 ):
     cases, bad = [], []
     for sharding in SHARDINGS:
-        shared = {"sharding": sharding, "precision": "fp32", "tokens": 4_000}
+        shared = {"sharding": sharding, "precision": "fp32", "tokens": 4_000, "log_every": 2}
         offload = {**shared, "offload": "cpu"}
         cases.append(
             [
@@ -46,6 +59,9 @@ def test_a_run_moves_to_the_hosts_memory_and_back_as_if_it_had_not_and_skips_ste
         ):
             assert (step, rows) == (other_step, other_rows)
             assert (loss, norm) == pytest.approx((other_loss, other_norm), rel=2e-6)
+        for record, other in zip(*(by_group(config) for config in (plain, moved)), strict=True):
+            assert record == pytest.approx(other, rel=1e-4)
+            assert math.hypot(*record.values()) > 0
     for config in bad:
         assert skipped(config) == [3]
 
