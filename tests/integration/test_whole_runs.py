@@ -181,6 +181,8 @@ def test_real_data_is_learned_after_a_kill(tmp_path, config, margin):
         "training.validate_every=1000",
         "training.validation_rows=128",
         "evaluation.windows=16",
+        "evaluation.lengths=[1,2]",
+        "evaluation.reading_windows=2",
     ]
     os.environ["DIPTYCH_DATA"] = str(SHARED)
     launcher = start(tmp_path, *command)

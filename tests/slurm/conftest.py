@@ -27,7 +27,7 @@ corpus: {path: corpus, sources: [{path: raw}], tokenizer: {vocab_size: 120, byte
   min_train_shards: 16, splits: {valid: 0.1, test: 0.1}}
 data: {sequence_length: 32, streams: 16, workers: 0}
 model: {hidden_size: 32, num_layers: 2, num_heads: 2}
-training: {tokens: 150_000, batch_size: 16, validation_rows: 32, validate_every: 50, log_every: 2, precision: fp32}
+training: {tokens: 100_000, batch_size: 16, validation_rows: 32, validate_every: 50, log_every: 2, precision: fp32}
 checkpoint: {every: 10, keep_last: 3}
 evaluation: {windows: 16, lengths: [1, 2]}
 cluster: {nodes: 1, cpus_per_task: 1, mem: 500M, evaluation: {cpus: 1, mem: 500M}}

@@ -54,7 +54,7 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     assert losses(slurm.run("life")) == losses(whole)
     whole_report = json.loads((whole / "evaluation" / "context" / "report.json").read_text())
     assert report["results"] == whole_report["results"]
-    assert "is trained to its 150,000 tokens already" in slurm.diptych("submit", "tiny.yaml", "name=life", code=2)
+    assert "is trained to its 100,000 tokens already" in slurm.diptych("submit", "tiny.yaml", "name=life", code=2)
 
 
 def test_before_its_time_limit_a_run_saves_and_the_number_of_its_restarts_is_bounded(slurm: Cluster):

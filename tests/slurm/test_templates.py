@@ -61,7 +61,7 @@ def test_a_run_of_the_train_script_in_a_container_goes_on_after_a_signal_and_a_r
 
     again = queue(slurm, "train", "tiny.yaml", "name=by-hand")
     slurm.wait_for_state(again, "COMPLETED")
-    assert "is trained to its 150,000 tokens already" in output(slurm, f"diptych-{again}.out")
+    assert "is trained to its 100,000 tokens already" in output(slurm, f"diptych-{again}.out")
     wrong = queue(slurm, "train", "tiny.yaml", "name=three", options=("--nodes=3",))
     slurm.wait_for_state(wrong, "FAILED")
     assert "3 ranks cannot share data.streams = 16" in output(slurm, f"diptych-{wrong}.out")
