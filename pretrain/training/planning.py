@@ -245,10 +245,13 @@ class Plan:
     def shardings(self) -> tuple[str, ...]:
         """Worth a thought, the least work first.
 
-        Alone, a rank in fp32 has nothing to share and would only hold copies; in bf16 `none` computes by autocast.
+        Alone, a rank in fp32 has nothing to share and would only hold copies; in bf16 `none` computes by autocast, and
+        some settings do not go with it.
         """
         alone = self.hardware.world_size == 1 and self.precision == "fp32"
-        return ("none",) if alone else ("optimizer", "gradients", "full")
+        training = self.run.training
+        allowed = training.offload == "none" and training.overlap_communication != "on"
+        return ("none",) if alone and allowed else ("optimizer", "gradients", "full")
 
     def choices(self) -> Iterator[Choice]:
         """In the order in which they are preferred: the least work first, larger micro-batches before smaller.

@@ -36,6 +36,8 @@ def test_a_rank_alone_shares_nothing_unless_that_would_be_autocast():
     assert all(alone.need(alone.smallest).total < alone.need(choice).total for choice in others)
     for config, hardware in (
         (run("training.precision=bf16", size="15m"), processor),
+        (run("training.precision=fp32", "training.offload=cpu", size="15m"), processor),
+        (run("training.precision=fp32", "training.overlap_communication=on", size="15m"), processor),
         (run("training.precision=fp32", size="15m"), Hardware("cpu", 64 * GIB, 2, False, 2)),
     ):
         assert Plan(config, VOCAB, hardware).recommended().sharding == "optimizer"
