@@ -107,6 +107,8 @@ def _with_jobs(row: RunRow, submission: Submission, states: dict[str, JobState] 
     known = [(job, state) for job in submission.jobs if (state := submission.state_of(job, states)) is not None]
     if not known:
         return replace(row, slurm="forgotten")
+    # An evaluation stays in the queue for some seconds after the training that it waits for has failed.
+    known = [k for k in known if k[0] == "train" and k[1].is_failed] or known
     job, state = next(((j, s) for j, s in known if s.is_open), known[0])
     words = [submission.jobs[job], *(["evaluation"] if job != "train" else []), state.state.lower().replace("_", " ")]
     if state.is_waiting and state.reason:

@@ -52,6 +52,11 @@ class JobState:
         """In the queue or on nodes."""
         return self.state in WAITING or self.state in RUNNING
 
+    @property
+    def is_failed(self) -> bool:
+        """Over, and not to its end."""
+        return not self.is_open and self.state != "COMPLETED"
+
 
 @dataclass(frozen=True)
 class Partition:

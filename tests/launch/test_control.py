@@ -185,6 +185,7 @@ def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(ma
         ({"7": JobState("RUNNING", "", "diptych abc")}, "7 running"),
         ({"7": JobState("PENDING", "Resources", "diptych abc")}, "7 pending (Resources)"),
         ({"7": JobState("COMPLETED"), "8": JobState("PENDING", "Priority")}, "8 evaluation pending (Priority)"),
+        ({"7": JobState("FAILED"), "8": JobState("PENDING", "Dependency")}, "7 failed"),
         ({"7": JobState("RUNNING", "", "somebody else's")}, "forgotten"),
         ({}, "forgotten"),
     ],
