@@ -27,6 +27,7 @@ from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.training.checkpoint import TrainingState, checkpoint_name, remove_checkpoint
 from pretrain.training.checkpoint_save import CheckpointSaver
 from pretrain.training.engine import Engine
+from pretrain.training.processes import end_rank
 from pretrain.training.step import agree_on_step, train_step
 
 RANKS = 2
@@ -195,6 +196,7 @@ def measure_rank(rank: int, size: int, rounds: int, folder: str) -> None:
         measured = Measured(parameters, seconds, savers.until_saved[1:], savers.bytes)
         (Path(folder) / "measured.json").write_text(json.dumps(asdict(measured)))
     dist.barrier()
+    end_rank(0)
 
 
 def measure(size: int, rounds: int, parent: Path | None) -> Measured:

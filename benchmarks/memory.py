@@ -24,6 +24,7 @@ from pretrain.config import RunConfig, validate
 from pretrain.training.engine import Engine, build_model, load_deepspeed
 from pretrain.training.mock_step import mock_step
 from pretrain.training.peak_memory import PeakMemory
+from pretrain.training.processes import end_rank
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 4096
@@ -83,6 +84,7 @@ def measure_rank(rank: int, size: int, sharding: str, ranks: int, folder: str) -
     assert stepped is not None
     (Path(folder) / f"{rank}.json").write_text(json.dumps(asdict(Peak(parameters, built, stepped, planned))))
     dist.barrier()
+    end_rank(0)
 
 
 def measure(size: int, sharding: str, ranks: int) -> Peak:

@@ -32,6 +32,7 @@ from pretrain.training.flops import flops_per_token, peak_flops
 from pretrain.training.inspection import Inspection
 from pretrain.training.mock_step import largest_batch
 from pretrain.training.peak_memory import PeakMemory
+from pretrain.training.processes import end_rank
 from pretrain.training.step import agree_on_step, train_step
 from pretrain.training.timing import StepClock, shares
 
@@ -111,6 +112,7 @@ def rank_of_weak_scaling(rank: int, ranks: int, shape: Shape, steps: int, folder
     if rank == 0:
         (Path(folder) / ANSWER).write_text(json.dumps(seconds))
     dist.barrier()
+    end_rank(0)
 
 
 def make_loop(kind: str, shape: Shape, device: torch.device) -> DiptychLoop | PlainLoop:

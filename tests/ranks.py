@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pretrain.config import RunConfig
+from pretrain.training.processes import end_rank
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -26,7 +27,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     torch.save(function(rank, *arguments), Path(folder) / "results" / f"{rank}.pt")
-    dist.destroy_process_group()
+    end_rank(0)
 
 
 class NoStop:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
-from pretrain.training.processes import StopRequest, die_with_launcher
+from pretrain.training.processes import StopRequest, die_with_launcher, end_rank
 
 
 def main(folder: Path) -> int:
@@ -49,6 +49,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(code)
+    end_rank(main(Path(sys.argv[1])))

@@ -2,7 +2,6 @@
 
 import faulthandler
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 from pretrain.errors import EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import RedactingFormatter, redact
 from pretrain.training.attempt import Attempt, SupersededError
-from pretrain.training.processes import StopRequest, die_with_launcher, hold_run, join_ranks
+from pretrain.training.processes import StopRequest, die_with_launcher, end_rank, hold_run, join_ranks
 from pretrain.training.watchdog import end_of
 
 
@@ -48,7 +47,4 @@ def main(run_folder: str) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
-    sys.stderr.flush()
-    # Without waiting for threads of libraries: a rank that has failed must not linger beside the others.
-    os._exit(code)
+    end_rank(main(sys.argv[1]))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.errors import EXIT_FAILED, UserError
 from pretrain.training.attempt import VARIABLE, Attempt, agree_on_attempt
@@ -50,6 +50,17 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether a stop was asked for."""
         return self.signal_name is not None
+
+
+def end_rank(code: int) -> NoReturn:
+    """Leave this process, without waiting for threads of libraries.
+
+    A rank that has failed must not linger beside the others. And where a thread of gloo still frees a tensor while the
+    interpreter ends, torch 2.13 aborts the process, however well it went.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:

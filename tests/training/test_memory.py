@@ -1,6 +1,7 @@
 """The arithmetic of model states, beside real DeepSpeed engines."""
 
 import gc
+import time
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ def group_sizes(model: torch.nn.Module) -> list[list[int]]:
 
 def storages() -> dict[int, int]:
     """Address and bytes of every tensor that Python can reach, gradients included."""
+    time.sleep(0.1)  # threads of gloo let go of what they have sent a moment after it has arrived
     gc.collect()
     found = {}
     for tensor in [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]:
