@@ -220,10 +220,11 @@ def _notes(plan: Plan) -> list[str]:
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
         "sharding full and hybrid, only its part",
     ]
-    if host := plan.need(plan.configured).states.host:
-        best = plan.recommended()
-        taken = f", {size(plan.need(best).states.host)} as recommended" if best and best != plan.configured else ""
-        notes.append(f"training.offload=cpu: every rank keeps {size(host)} in host memory as configured{taken}")
+    if plan.need(plan.configured).states.host:
+        now, best = _offloaded(plan, plan.configured), plan.recommended()
+        then = now if best is None else _offloaded(plan, best)
+        kept = f"every rank keeps {now} as configured" + ("" if then == now else f", {then} as recommended")
+        notes.append(f"training.offload={plan.run.training.offload}: {kept}")
     shared = plan.run.parallel.sequence
     if shared > 1:
         positions = plan.config.data.sequence_length // shared
@@ -235,6 +236,12 @@ def _notes(plan: Plan) -> list[str]:
     if plan.phase:
         notes.insert(0, f"phase {plan.phase} has the largest micro-batches; the plan is for it")
     return notes
+
+
+def _offloaded(plan: Plan, choice: Choice) -> str:
+    states = plan.need(choice).states
+    files = f" and {size(states.files)} in files" if states.files else ""
+    return f"{size(states.host)} in host memory{files}"
 
 
 def _speed(plan: Plan, mfu: float | None) -> list[str]:

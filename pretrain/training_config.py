@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain.data_config import AbsolutePath
 from pretrain.section import Count, OnOff, Section, Share
 
 
@@ -81,9 +82,12 @@ class TrainingConfig(Section):
     overlap_communication: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
     """Sum gradients over ranks while the backward pass still runs, in two buckets by turns: `auto` is on under `full`
     and `hybrid`. Without sharding they are always summed after it."""
-    offload: Literal["none", "cpu"] = "none"
+    offload: Literal["none", "cpu", "nvme"] = "none"
     """Where the fp32 master weights and the moments are: `cpu` is the host's memory, where AdamW then moves them. For
-    GPUs whose memory they do not fit into; each step waits for the transfer."""
+    GPUs whose memory they do not fit into; each step waits for the transfer. `nvme` is as `cpu`, with the moments, and
+    under `full` the master weights, in files of `offload_folder`: for hosts with too little memory as well."""
+    offload_folder: AbsolutePath | None = None
+    """For `offload: nvme`: a folder on a fast disk that each node has for itself, not in its memory (tmpfs)."""
     activation_checkpointing: Literal["none", "full"] | Count = "none"
     """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
     k (every k-th block)."""
@@ -114,6 +118,8 @@ class TrainingConfig(Section):
                 f"offload is {self.offload}, but sharding is {self.sharding}; offload works with optimizer, gradients "
                 "and full"
             )
+        if self.offload == "nvme" and self.offload_folder is None:
+            raise ValueError("offload is nvme, but offload_folder is not set: name a folder on a disk of each node")
         return self
 
 

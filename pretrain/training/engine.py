@@ -23,6 +23,7 @@ from pretrain.config import RunConfig
 from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
+from pretrain.training.file_tensors import in_file, zeros_in_file
 from pretrain.training.fragments import fragments
 from pretrain.training.memory import Buckets
 from pretrain.training.muon import Muon, Piece, initial_state
@@ -110,7 +111,11 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str, paramet
             "zero_hpz_partition_size": ranks_per_node(world_size) if config.training.sharding == "hybrid" else 1,
             "stage3_param_persistence_threshold": buckets.persistent,
             "overlap_comm": {"auto": stage == 3, "on": True, "off": False}[config.training.overlap_communication],
-            "offload_optimizer": {"device": config.training.offload, "pin_memory": torch.cuda.is_available()},
+            # For DeepSpeed `nvme` is the host too: `Engine` itself puts tensors into files.
+            "offload_optimizer": {
+                "device": "none" if config.training.offload == "none" else "cpu",
+                "pin_memory": torch.cuda.is_available(),
+            },
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -193,8 +198,14 @@ class Engine:
         self._deepspeed.enable_backward_allreduce = self.stage > 0 or world_size > 1
         self.module: Any = self._deepspeed.module
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
+        zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like
+        if config.training.offload == "nvme" and (folder := config.training.offload_folder):
+            zeros_like = partial(zeros_in_file, folder=folder)
+            if self.stage == 3:
+                for _, parameter in self.flat_parameters():
+                    parameter.data = in_file(parameter, folder)
         for group, parameter in self.flat_parameters():
-            optimizer.state[parameter].update(initial_state(parameter, group["moments"]))
+            optimizer.state[parameter].update(initial_state(parameter, group["moments"], zeros_like))
         if self.stage in (1, 2):
             self.zero._lazy_init_hp_params_optimizer_state()
         if self.stage > 0 and isinstance(optimizer, Muon):

@@ -63,6 +63,8 @@ class ModelStates:
     """Moments and step counters."""
     host: int = 0
     """What `offload` has put into the host's memory: it is in none of the others."""
+    files: int = 0
+    """What `offload: nvme` has put into files instead."""
 
     @property
     def total(self) -> int:
@@ -82,13 +84,13 @@ def model_states(
     world_size: int,
     precision: str,
     accumulation: int,
-    offload: bool = False,
+    offload: str = "none",
 ) -> ModelStates:
     """Of one rank at ZeRO `stage`; `accumulation` is the number of micro-batches in a step.
 
     With `offload` (stages 1 to 3) master weights, moments and gradients in fp32 for the update are on the host, as are
     the gradients of stages 2 and 3 between micro-batches; stages 1 and 2 copy weights and gradients there through
-    buffers.
+    buffers. With `nvme` the moments, and at stage 3 the master weights, are in files.
     """
     c = compute_bytes(stage, precision)
     elements = sum(map(sum, groups))
@@ -102,20 +104,22 @@ def model_states(
         # On one rank a partition is the whole parameter, and nothing needs to be gathered.
         whole = Buckets.of(elements).persistent
         kept = sum(n for group in groups for n in group if n <= whole) if world_size > 1 else 0
-        optimizer = FP32 * _kept(held, moments) + counters
-        if offload:
-            return ModelStates(c * (own + kept), 0, 0, host=(2 * FP32 + c) * own + optimizer)
-        return ModelStates((c + FP32) * own + c * kept, c * own, optimizer)
+        moments_bytes = FP32 * _kept(held, moments)
+        if offload != "none":
+            files = moments_bytes + FP32 * own if offload == "nvme" else 0
+            host = (2 * FP32 + c) * own + moments_bytes + counters - files
+            return ModelStates(c * (own + kept), 0, 0, host, files)
+        return ModelStates((c + FP32) * own + c * kept, c * own, moments_bytes + counters)
     flat = [_flat(group, world_size) for group in groups]
     own = sum(flat) // world_size
     whole_gradients = stage == 1 and accumulation > 1
     gradients = elements if whole_gradients else gradient_partition(groups, world_size)
-    optimizer = FP32 * _kept((elements // world_size for elements in flat), moments) + counters
-    if offload:
-        largest = c * max(map(max, groups))
-        host = (2 * FP32 + c) * own + optimizer + largest + (0 if stage == 1 else c * gradients)
-        return ModelStates(c * sum(flat) + largest, c * elements if stage == 1 else 0, 0, host)
-    return ModelStates(c * sum(flat) + FP32 * own, c * gradients, optimizer)
+    moments_bytes = FP32 * _kept((elements // world_size for elements in flat), moments)
+    if offload != "none":
+        largest, files = c * max(map(max, groups)), moments_bytes if offload == "nvme" else 0
+        host = (2 * FP32 + c) * own + moments_bytes + counters + largest + (0 if stage == 1 else c * gradients) - files
+        return ModelStates(c * sum(flat) + largest, c * elements if stage == 1 else 0, 0, host, files)
+    return ModelStates(c * sum(flat) + FP32 * own, c * gradients, moments_bytes + counters)
 
 
 def _kept(elements: Iterable[int], moments: Moments) -> int:

@@ -80,10 +80,12 @@ def orthogonal_update(momentum: Tensor, matrix: Matrix, steps: int, update_rms: 
     return newton_schulz(momentum.view(shape), steps).mul_(update_rms * max(shape[1:]) ** 0.5).reshape(-1)
 
 
-def initial_state(parameter: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
-    """Of a (flat) parameter before the first step: a step count, float32 [], and zeros."""
+def initial_state(
+    parameter: Tensor, moments: Iterable[str], zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like
+) -> dict[str, Tensor]:
+    """Of a (flat) parameter before the first step: a step count, float32 [], and zeros, as `zeros_like` makes them."""
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    return {"step": step, **{name: torch.zeros_like(parameter) for name in moments}}
+    return {"step": step, **{name: zeros_like(parameter) for name in moments}}
 
 
 class Round:

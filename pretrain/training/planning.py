@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -197,13 +198,13 @@ class Plan:
         shape = self.optimizer
         spread = (stage, world_size, self.precision, accumulation)
         training = self.config.training
-        offload = training.offload == "cpu" and choice.sharding not in ("none", "hybrid")
+        offload = "none" if choice.sharding in ("none", "hybrid") else training.offload
         beside = buffers(
             shape.sizes,
             *spread,
             reduce_in_fp32=training.reduce_dtype == "fp32",
             overlap=training.overlap_communication == "on",
-            offload=offload,
+            offload=offload != "none",
         )
         if shape.largest:
             # Stages 1 and 2 cut at most one matrix between two ranks; stage 3 cuts all of them.
@@ -317,14 +318,21 @@ class Plan:
         run = self.run
         if not self.hardware.on_gpu or run.optimizer.kind == "muon" or run.training.offload != "none":
             return []
-        training = run.training.model_copy(update={"offload": "cpu"})
-        moved = Plan(run.model_copy(update={"training": training}), self.vocab_size, self.hardware)
+        # Whatever folder it would be: files have their bytes anywhere.
+        updates = [{"offload": place, "offload_folder": Path("/")} for place in ("cpu", "nvme")]
+        runs = [run.model_copy(update={"training": run.training.model_copy(update=update)}) for update in updates]
+        moved, in_files = (Plan(moved_run, self.vocab_size, self.hardware) for moved_run in runs)
         if not moved.fits(moved.smallest):
             return []
         choice = moved.recommended() or moved.smallest
-        host = moved.need(choice).states.host * self.hardware.ranks_per_node / GIB
+        all_of_it, beside_files = (
+            p.need(choice).states.host * self.hardware.ranks_per_node / GIB for p in (moved, in_files)
+        )
         words = " ".join(["training.offload=cpu", *choice.overrides])
-        return [f"keep the optimizer in host memory, {host:,.0f} GiB a node: {words}"]
+        return [
+            f"keep the optimizer in host memory ({all_of_it:,.0f} GiB a node, or {beside_files:,.0f} and the rest in "
+            f"files with offload=nvme): {words}"
+        ]
 
 
 def advice(config: RunConfig, vocab_size: int, hardware: Hardware) -> str:

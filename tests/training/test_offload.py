@@ -1,4 +1,4 @@
-"""The optimizer in the host's memory: the run is the one that it is without, and moves there and back."""
+"""The optimizer in the host's memory or in files: the run is the one that it is without, and moves there and back."""
 
 import math
 
@@ -10,7 +10,8 @@ from pretrain.training.run_folder import open_run_folder
 from tests.ranks import run_on_ranks
 from tests.training.test_training import curve, poisoned, skipped, train
 
-SHARDINGS = ("optimizer", "gradients", "full")
+OFFLOAD = {"optimizer": "cpu", "gradients": "nvme", "full": "nvme"}
+"""By `sharding`."""
 
 
 def by_group(config) -> list[dict[str, float]]:
@@ -37,9 +38,9 @@ def test_a_run_moves_to_the_hosts_memory_and_back_as_if_it_had_not_and_skips_ste
     make_config, manifest, tmp_path
 ):
     cases, bad = [], []
-    for sharding in SHARDINGS:
+    for sharding, place in OFFLOAD.items():
         shared = {"sharding": sharding, "precision": "fp32", "tokens": 4_000, "log_every": 2}
-        offload = {**shared, "offload": "cpu"}
+        offload = {**shared, "offload": place, "offload_folder": str(tmp_path)}
         cases.append(
             [
                 make_config(f"{sharding}-plain", training={**shared, "overlap_communication": "on"}),
@@ -47,7 +48,7 @@ def test_a_run_moves_to_the_hosts_memory_and_back_as_if_it_had_not_and_skips_ste
                 make_config(f"{sharding}-moved", training=offload),
             ]
         )
-        bad.append(make_config(f"{sharding}-bad", training={**offload, "precision": "bf16"}))
+        bad.append(make_config(f"{sharding}-bad", training={**offload, "offload": "cpu", "precision": "bf16"}))
         for config in (cases[-1][0], cases[-1][2], bad[-1]):
             open_run_folder(config, manifest)
     for codes, ends in run_on_ranks(train_plain_and_moved, 2, tmp_path / "ranks", cases, bad):
@@ -71,6 +72,7 @@ def test_a_run_moves_to_the_hosts_memory_and_back_as_if_it_had_not_and_skips_ste
     [
         ({"training": {"offload": "cpu", "sharding": "none"}}, "offload works with optimizer, gradients"),
         ({"training": {"offload": "cpu", "sharding": "hybrid"}}, "offload works with optimizer, gradients"),
+        ({"training": {"offload": "nvme"}}, "offload_folder is not set"),
         ({"training": {"offload": "cpu"}, "optimizer": {"kind": "muon"}}, "too much for the host"),
         ({"training": {"overlap_communication": "on", "sharding": "none"}}, "nothing is summed early"),
     ],

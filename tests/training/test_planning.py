@@ -75,7 +75,7 @@ def test_where_nothing_fits_every_remedy_does():
     number = int(devices.split()[1])
     assert Plan(config, VOCAB, gpus(24, number)).fits(plan.smallest)
     assert not Plan(config, VOCAB, gpus(24, number // 2)).fits(plan.smallest)
-    told = offload.split(" GiB a node: ")[1].split()
+    told = offload.split("offload=nvme): ")[1].split()
     moved = Plan(run(*overrides, *told), VOCAB, gpus(24, number=1))
     assert moved.fits(moved.configured)
     assert shorter.startswith("shorten rows to data.sequence_length=")
