@@ -18,10 +18,11 @@ from tests.ranks import run_on_ranks
 VOCAB, LENGTH = 2048, 16
 WAYS = [
     *((sharding, "none") for sharding in ("none", "optimizer", "gradients", "full")),
-    *((sharding, "cpu") for sharding in ("optimizer", "gradients", "full")),
-    *((sharding, "nvme") for sharding in ("gradients", "full")),
+    ("optimizer", "cpu"),
+    ("gradients", "nvme"),
+    ("full", "nvme"),
 ]
-"""`sharding` and `offload`."""
+"""`sharding` and `offload`; `nvme` has in memory and files what `cpu` has in memory."""
 STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
 
 
