@@ -203,14 +203,15 @@ def run_here(sweep: Sweep, num_ranks: int | None, console: Console) -> int:
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def show_sweep(sweep: Sweep, console: Console) -> None:
-    """Print the members, and what `submit_sweep` would send for them."""
-    first = sweep.configs[0]
-    check_ranks(sweep)
+def show_sweep(sweep: Sweep, console: Console, *, local: bool) -> None:
+    """Print the members and, unless they are to be trained here, what `submit_sweep` would send for them."""
+    if not local:
+        check_ranks(sweep)
     console.out(f"# {len(sweep.members)} members in {sweep.folder}", highlight=False)
     for number, member in enumerate(sweep.members):
         console.out(f"#   {number:3d}  {member.name}  {' '.join(member.overrides)}", highlight=False)
-    show_scripts(first, console, folder=sweep.folder, name=sweep.name, members=len(sweep.members))
+    if not local:
+        show_scripts(sweep.configs[0], console, folder=sweep.folder, name=sweep.name, members=len(sweep.members))
 
 
 def check_ranks(sweep: Sweep) -> None:

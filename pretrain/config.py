@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
@@ -80,6 +80,10 @@ class PhaseConfig(Section):
     """As `data.source_weights`, for shards that are begun in the phase."""
 
 
+GroupName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
+"""Of settings on an axis of a sweep; a bare number in YAML is a name too."""
+
+
 class RunConfig(Section):
     """A complete run: corpus, model, training, evaluation."""
 
@@ -100,7 +104,7 @@ class RunConfig(Section):
     supervision: SupervisionConfig = SupervisionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
-    sweep: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default={})
+    sweep: dict[str, list[Any] | dict[GroupName, dict[str, Any]]] = Field(default={})
     """The axes of `diptych sweep`, ignored elsewhere: a key and its values, or a name and named groups of settings."""
     phases: list[PhaseConfig] = Field(default=[])
     """A curriculum, for instance long rows at the end: each phase changes some settings from a number of tokens on."""

@@ -56,7 +56,7 @@ def ladder_run(
         )
         console.print(plan_table(sweep.name, ladder))
         if dry_run:
-            show_sweep(sweep, console)
+            show_sweep(sweep, console, local=local)
             return
         sweep.write()
         ladder.write(sweep.folder)

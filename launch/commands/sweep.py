@@ -70,7 +70,7 @@ def sweep_run(
     with resumable():
         sweep = plan_sweep(config, overrides, axes)
         if dry_run:
-            show_sweep(sweep, console)
+            show_sweep(sweep, console, local=local)
             return
         if in_job:
             folder = prepare_member(sweep, make_console(stderr=True))

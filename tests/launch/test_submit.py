@@ -78,6 +78,9 @@ def test_a_dry_run_of_a_sweep_also_prints_its_members_and_no_more_of_them_train_
     assert printed.count("#SBATCH --array=0-3%2") == 2
     assert printed.count("#SBATCH --partition=gpu") == 2
     assert "--dependency=aftercorr:JOB" in printed
+    here = run_command(*command, "--local", "--grid", "seed=1,2")
+    assert "# 2 members" in here
+    assert "#SBATCH" not in here
     assert not (tmp_path / "runs").exists()
 
 

@@ -47,6 +47,11 @@ def test_members_are_all_combinations_with_names_that_tell_them_apart():
     assert members[1].labels == {"model.attention": "dual_triangle", "data.mask_rate": "0.1", "seed": "2"}
 
 
+def test_bare_numbers_are_names_of_groups_too():
+    axes = axes_of(config_with({"width": {64: {"model.hidden_size": 64}, 0.5: {"seed": 2}}}), [])
+    assert [member.name for member in members_of(axes)] == ["width64", "width0.5"]
+
+
 def test_a_config_can_name_groups_of_settings_as_an_axis_and_the_command_line_adds_to_it(write, tmp_path):
     planned = plan_sweep(write, ["name=s"], ["seed=1,2"])
     assert [member.name for member in planned.members] == ["none-seed1", "none-seed2", "dropped-seed1", "dropped-seed2"]
