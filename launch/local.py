@@ -39,7 +39,7 @@ TELLING = (EXIT_SUPERSEDED, EXIT_WRONG_INPUT)
 
 SIGNAL_HINTS = {
     signal.SIGKILL: "out of memory (see `dmesg`; lower training.micro_batch_size), or someone killed it",
-    signal.SIGBUS: "often a full /dev/shm; lower data.workers",
+    signal.SIGBUS: "often a full /dev/shm (lower data.workers), or a failing disk under training.offload_folder",
 }
 
 
