@@ -220,11 +220,18 @@ def _notes(plan: Plan) -> list[str]:
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
         "sharding full and hybrid, only its part",
     ]
-    if plan.need(plan.configured).states.host:
-        now, best = _offloaded(plan, plan.configured), plan.recommended()
-        then = now if best is None else _offloaded(plan, best)
-        kept = f"every rank keeps {now} as configured" + ("" if then == now else f", {then} as recommended")
-        notes.append(f"training.offload={plan.run.training.offload}: {kept}")
+    if plan.need(plan.configured).host:
+        now, best = _beside(plan, plan.configured), plan.recommended()
+        then = now if best is None else _beside(plan, best)
+        causes = {
+            f"training.offload={plan.run.training.offload}": plan.run.training.offload != "none",
+            "copies to save from (checkpoint.async)": plan.run.checkpoint.background,
+        }
+        notes.append(
+            f"{'beside its GPU a rank keeps' if plan.hardware.on_gpu else 'included:'} {now} as configured"
+            + ("" if then == now else f", {then} as recommended")
+            + f": {' and '.join(cause for cause, there in causes.items() if there)}"
+        )
     shared = plan.run.parallel.sequence
     if shared > 1:
         positions = plan.config.data.sequence_length // shared
@@ -238,10 +245,11 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _offloaded(plan: Plan, choice: Choice) -> str:
-    states = plan.need(choice).states
-    files = f" and {size(states.files)} in files" if states.files else ""
-    return f"{size(states.host)} in host memory{files}"
+def _beside(plan: Plan, choice: Choice) -> str:
+    """What a rank has beside its device."""
+    need = plan.need(choice)
+    files = f" and {size(need.files)} in files" if need.files else ""
+    return f"{size(need.host)} in host memory{files}"
 
 
 def _speed(plan: Plan, mfu: float | None) -> list[str]:

@@ -45,6 +45,7 @@ from pretrain.training.checkpoint_files import (
 )
 from pretrain.training.checkpoint_logits import engine_logits
 from pretrain.training.engine import Engine
+from pretrain.training.file_tensors import zeros_in_file
 from pretrain.training.fragments import fragments_to_save
 
 CHUNK = 8 * 2**20
@@ -118,8 +119,11 @@ class CheckpointSaver:
         self._buffer: Tensor | None = None
         if config.background:
             numel = sum(fragment.tensor.numel() for fragment in fragments_to_save(engine))
-            # Written to once, so that the first save does not wait for the kernel to find the memory.
-            self._buffer = torch.empty(numel, pin_memory=engine.device.type == "cuda").zero_()
+            if files := engine.config.training.files:
+                self._buffer = zeros_in_file(torch.empty(numel, device="meta"), files)
+            else:
+                # Written to once, so that the first save does not wait for the kernel to find the memory.
+                self._buffer = torch.empty(numel, pin_memory=engine.device.type == "cuda").zero_()
 
     def save(self, state: TrainingState, *, at_once: bool = False) -> None:
         """Save, after the save before has ended; collective. Nothing is done if this very step is saved already.

@@ -199,7 +199,7 @@ class Engine:
         self.module: Any = self._deepspeed.module
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
         zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like
-        if config.training.offload == "nvme" and (folder := config.training.offload_folder):
+        if folder := config.training.files:
             zeros_like = partial(zeros_in_file, folder=folder)
             if self.stage == 3:
                 for _, parameter in self.flat_parameters():

@@ -78,14 +78,26 @@ class Need:
     buffers: Buffers
     activations: Activations
     on_gpu: bool
+    saved: int
+    """Of the copy from which a save in the background is written."""
+
+    @property
+    def host(self) -> int:
+        """Of the host's memory, beside what the device holds."""
+        return self.states.host + (0 if self.states.files else self.saved)
+
+    @property
+    def files(self) -> int:
+        """In `training.offload_folder`."""
+        return self.states.files + (self.saved if self.states.files else 0)
 
     @property
     def total(self) -> int:
         """At the peak: while gradients flow, or while the optimizer moves and activations are gone.
 
-        Of the device; where that is the host, with what `offload` puts there.
+        Of the device; where that is the host, with all that is there.
         """
-        own = self.states.total + (0 if self.on_gpu else self.states.host)
+        own = self.states.total + (0 if self.on_gpu else self.host)
         return own + max(self.buffers.communication + self.activations.peak, self.buffers.update)
 
 
@@ -220,6 +232,7 @@ class Plan:
             buffers=beside,
             activations=activations(self._setting(self.config, choice)),
             on_gpu=self.hardware.on_gpu,
+            saved=math.ceil(self.checkpoint_bytes / world_size) if self.run.checkpoint.background else 0,
         )
 
     @property
@@ -325,9 +338,7 @@ class Plan:
         if not moved.fits(moved.smallest):
             return []
         choice = moved.recommended() or moved.smallest
-        all_of_it, beside_files = (
-            p.need(choice).states.host * self.hardware.ranks_per_node / GIB for p in (moved, in_files)
-        )
+        all_of_it, beside_files = (p.need(choice).host * self.hardware.ranks_per_node / GIB for p in (moved, in_files))
         words = " ".join(["training.offload=cpu", *choice.overrides])
         return [
             f"keep the optimizer in host memory ({all_of_it:,.0f} GiB a node, or {beside_files:,.0f} and the rest in "

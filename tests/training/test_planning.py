@@ -53,6 +53,25 @@ def test_more_sharding_recomputation_or_fewer_rows_never_need_more_activations()
     assert states == sorted(states, reverse=True)
 
 
+def test_a_save_in_the_background_copies_to_the_hosts_memory_or_to_a_file():
+    full = Choice("full", 0, 4)
+    saves = {on: Plan(run(f"checkpoint.async={on}"), VOCAB, gpus(79)).need(full) for on in ("true", "false")}
+    plan = Plan(run(), VOCAB, gpus(79))
+    assert saves["true"].host == -(-12 * plan.parameters // 8)
+    assert saves["false"].host == 0
+    assert saves["true"].total == saves["false"].total
+    on_host = [
+        Plan(run(f"checkpoint.async={on}"), VOCAB, Hardware("cpu", 64 * GIB, 8, False, 8)).need(full).total
+        for on in ("true", "false")
+    ]
+    assert on_host[0] - on_host[1] == saves["true"].host
+    offload = ["training.sharding=full", "training.offload_folder=/disk"]
+    places = {p: Plan(run(*offload, f"training.offload={p}"), VOCAB, gpus(79)).need(full) for p in ("cpu", "nvme")}
+    assert places["cpu"].files == 0
+    assert places["nvme"].files == places["nvme"].states.files + saves["true"].host
+    assert places["nvme"].host + places["nvme"].files == places["cpu"].host
+
+
 def test_the_plan_is_for_the_phase_whose_micro_batches_need_most():
     long = {"from_tokens": 1000, "sequence_length": 8192, "micro_batch_size": 2}
     short = {"from_tokens": 2000, "sequence_length": 128}
