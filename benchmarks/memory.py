@@ -60,6 +60,7 @@ def make_config(size: int, sharding: str, ranks: int) -> RunConfig:
             "data": {"sequence_length": LENGTH, "streams": ranks},
             "model": MODELS[size],
             "training": training,
+            "checkpoint": {"async": False},
         },
         "benchmarks.memory",
     )

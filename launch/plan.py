@@ -1,7 +1,7 @@
 """`diptych plan`: what a run needs on some devices, what fits, and how long it takes, before anything is paid for."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 from pretrain.model.summary import summarize
 from pretrain.training.engine import ZERO_STAGE
 from pretrain.training.flops import FlopsPerToken, flops_per_token
-from pretrain.training.planning import AGAIN, GIB, USABLE, Choice, Hardware, Plan
+from pretrain.training.planning import AGAIN, GIB, USABLE, Choice, Hardware, Need, Plan
 
 GPUS = {"h200": (139, 989e12), "h100": (79, 989e12), "a100": (79, 312e12)}
 """GiB that torch reports, and dense bf16 FLOP/s by the maker's data sheet."""
@@ -221,17 +221,16 @@ def _notes(plan: Plan) -> list[str]:
         "sharding full and hybrid, only its part",
     ]
     if plan.need(plan.configured).host:
-        now, best = _beside(plan, plan.configured), plan.recommended()
-        then = now if best is None else _beside(plan, best)
+        offload, background = plan.run.training.offload, plan.run.checkpoint.background
         causes = {
-            f"training.offload={plan.run.training.offload}": plan.run.training.offload != "none",
-            "copies to save from (checkpoint.async)": plan.run.checkpoint.background,
+            f"training.offload={offload}": offload != "none",
+            "the copy to save from (checkpoint.async)": background and offload != "nvme",
         }
-        notes.append(
-            f"{'beside its GPU a rank keeps' if plan.hardware.on_gpu else 'included:'} {now} as configured"
-            + ("" if then == now else f", {then} as recommended")
-            + f": {' and '.join(cause for cause, there in causes.items() if there)}"
-        )
+        where = "host memory beside the GPU" if plan.hardware.on_gpu else "counted in the peaks"
+        taken = _taken(plan, lambda need: need.host)
+        notes.append(f"{where}: {taken}, for {' and '.join(cause for cause, there in causes.items() if there)}")
+    if plan.need(plan.configured).states.files:
+        notes.append(f"training.offload_folder: {_taken(plan, lambda need: need.states.files)}")
     shared = plan.run.parallel.sequence
     if shared > 1:
         positions = plan.config.data.sequence_length // shared
@@ -245,11 +244,12 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _beside(plan: Plan, choice: Choice) -> str:
-    """What a rank has beside its device."""
-    need = plan.need(choice)
-    files = f" and {size(need.files)} in files" if need.files else ""
-    return f"{size(need.host)} in host memory{files}"
+def _taken(plan: Plan, count: Callable[[Need], int]) -> str:
+    """Some bytes of a rank, as configured and as recommended."""
+    now = size(count(plan.need(plan.configured)))
+    best = plan.recommended()
+    then = now if best is None else size(count(plan.need(best)))
+    return f"{now} a rank as configured" + ("" if then == now else f", {then} as recommended")
 
 
 def _speed(plan: Plan, mfu: float | None) -> list[str]:

@@ -1,11 +1,9 @@
 """The sections `training`, `checkpoint` and `supervision`: how a run steps, saves and is watched."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.data_config import AbsolutePath
 from pretrain.section import Count, OnOff, Section, Share
 
 
@@ -86,10 +84,11 @@ class TrainingConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where the fp32 master weights and the moments are: `cpu` is the host's memory, where AdamW then moves them. For
     GPUs whose memory they do not fit into; each step waits for the transfer. `nvme` is as `cpu`, with the moments, and
-    under `full` the master weights, in files of `offload_folder`, and what saves in the background copy too: for hosts
-    with too little memory as well."""
-    offload_folder: AbsolutePath | None = None
-    """For `offload: nvme`: a folder on a fast disk that each node has for itself, not in its memory (tmpfs)."""
+    under `full` the master weights, in files of `offload_folder`: for hosts with too little memory as well. Checkpoints
+    are then saved from there, and never in the background."""
+    offload_folder: str | None = None
+    """For `offload: nvme`: a folder on a fast disk that each node has for itself. It may name variables of the node's
+    environment: `$TMPDIR`."""
     activation_checkpointing: Literal["none", "full"] | Count = "none"
     """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
     k (every k-th block)."""
@@ -110,11 +109,6 @@ class TrainingConfig(Section):
     """Steps between two validations; there is always one at the end."""
     validation_rows: Count = 512
     """Rows of the validation split in each of them, with fixed masks (fewer if the split has fewer)."""
-
-    @property
-    def files(self) -> Path | None:
-        """The folder for what `offload` puts into files; None where it puts nothing there."""
-        return self.offload_folder if self.offload == "nvme" else None
 
     @model_validator(mode="after")
     def _sharding_allows_the_rest(self) -> "TrainingConfig":
@@ -141,8 +135,7 @@ class CheckpointConfig(Section):
     """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
     background: bool = Field(default=True, alias="async")
     """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, 8 of those that Muon
-    moves, over all ranks; to a file with `offload: nvme`), and write them meanwhile. The last save of a run waits until
-    it is on the disk."""
+    moves, over all ranks); write them meanwhile. The last save of a run waits until it is on the disk."""
     strict: bool = False
     """Refuse to resume from an older checkpoint where a newer one is damaged."""
 

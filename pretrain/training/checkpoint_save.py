@@ -45,7 +45,6 @@ from pretrain.training.checkpoint_files import (
 )
 from pretrain.training.checkpoint_logits import engine_logits
 from pretrain.training.engine import Engine
-from pretrain.training.file_tensors import zeros_in_file
 from pretrain.training.fragments import fragments_to_save
 
 CHUNK = 8 * 2**20
@@ -117,13 +116,10 @@ class CheckpointSaver:
         self._results: queue.SimpleQueue[SaveResult | Exception] = queue.SimpleQueue()
         self._saved: str | None = None
         self._buffer: Tensor | None = None
-        if config.background:
+        if config.background and engine.files is None:
             numel = sum(fragment.tensor.numel() for fragment in fragments_to_save(engine))
-            if files := engine.config.training.files:
-                self._buffer = zeros_in_file(torch.empty(numel, device="meta"), files)
-            else:
-                # Written to once, so that the first save does not wait for the kernel to find the memory.
-                self._buffer = torch.empty(numel, pin_memory=engine.device.type == "cuda").zero_()
+            # Written to once, so that the first save does not wait for the kernel to find the memory.
+            self._buffer = torch.empty(numel, pin_memory=engine.device.type == "cuda").zero_()
 
     def save(self, state: TrainingState, *, at_once: bool = False) -> None:
         """Save, after the save before has ended; collective. Nothing is done if this very step is saved already.
@@ -131,11 +127,16 @@ class CheckpointSaver:
         Args:
             state: of this rank; its stream state is taken for its own streams and gathered for the others.
             at_once: return only when it is done, although saves are made in the background otherwise.
+
+        Raises:
+            OSError: the disk of `training.offload_folder` has lost values; nothing is saved.
         """
         self.wait()
         if self._saved == checkpoint_name(state.step):
             return
         began = time.monotonic()
+        if self._engine.files is not None:
+            self._engine.files.flush()
         self._engine.see_tokens(state.tokens_seen)
         logits = engine_logits(self._engine)
         pieces = list(fragments_to_save(self._engine))

@@ -23,7 +23,7 @@ from pretrain.config import RunConfig
 from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
-from pretrain.training.file_tensors import in_file, zeros_in_file
+from pretrain.training.file_tensors import TensorFiles
 from pretrain.training.fragments import fragments
 from pretrain.training.memory import Buckets
 from pretrain.training.muon import Muon, Piece, initial_state
@@ -198,12 +198,14 @@ class Engine:
         self._deepspeed.enable_backward_allreduce = self.stage > 0 or world_size > 1
         self.module: Any = self._deepspeed.module
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
-        zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like
-        if folder := config.training.files:
-            zeros_like = partial(zeros_in_file, folder=folder)
-            if self.stage == 3:
-                for _, parameter in self.flat_parameters():
-                    parameter.data = in_file(parameter, folder)
+        self.files: TensorFiles | None = None
+        """Where `offload: nvme` keeps moments and, at stage 3, master weights; DeepSpeed has views of those of stages 1
+        and 2, which would stay where they are."""
+        if config.training.offload == "nvme" and config.training.offload_folder is not None:
+            self.files = TensorFiles(config.training.offload_folder)
+            for _, parameter in self.flat_parameters() if self.stage == 3 else ():
+                parameter.data = self.files.copy_of(parameter)
+        zeros_like = torch.zeros_like if self.files is None else self.files.zeros_like
         for group, parameter in self.flat_parameters():
             optimizer.state[parameter].update(initial_state(parameter, group["moments"], zeros_like))
         if self.stage in (1, 2):

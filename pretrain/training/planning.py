@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -79,17 +78,12 @@ class Need:
     activations: Activations
     on_gpu: bool
     saved: int
-    """Of the copy from which a save in the background is written."""
+    """Of the copy from which a save in the background is written, on the average rank."""
 
     @property
     def host(self) -> int:
         """Of the host's memory, beside what the device holds."""
-        return self.states.host + (0 if self.states.files else self.saved)
-
-    @property
-    def files(self) -> int:
-        """In `training.offload_folder`."""
-        return self.states.files + (self.saved if self.states.files else 0)
+        return self.states.host + self.saved
 
     @property
     def total(self) -> int:
@@ -224,6 +218,7 @@ class Plan:
             element = 2 if self.precision == "bf16" else 4
             beside = replace(beside, update=beside.update + working_bytes(shape.largest, shared, element))
         states = model_states(shape.sizes, shape.moments, *spread, offload=offload)
+        copied = self.run.checkpoint.background and offload != "nvme"
         if choice.sharding == "hybrid":
             again = compute_bytes(stage, self.precision) * math.ceil(self.parameters / self.hardware.ranks_per_node)
             states = replace(states, weights=states.weights + again)
@@ -232,7 +227,7 @@ class Plan:
             buffers=beside,
             activations=activations(self._setting(self.config, choice)),
             on_gpu=self.hardware.on_gpu,
-            saved=math.ceil(self.checkpoint_bytes / world_size) if self.run.checkpoint.background else 0,
+            saved=math.ceil(self.checkpoint_bytes / world_size) if copied else 0,
         )
 
     @property
@@ -331,8 +326,9 @@ class Plan:
         run = self.run
         if not self.hardware.on_gpu or run.optimizer.kind == "muon" or run.training.offload != "none":
             return []
-        # Whatever folder it would be: files have their bytes anywhere.
-        updates = [{"offload": place, "offload_folder": Path("/")} for place in ("cpu", "nvme")]
+        # Whatever folder it would be, and a sharding that goes with it: choices have their own.
+        shared = {"sharding": "full", "offload_folder": "/"}
+        updates = [{**shared, "offload": place} for place in ("cpu", "nvme")]
         runs = [run.model_copy(update={"training": run.training.model_copy(update=update)}) for update in updates]
         moved, in_files = (Plan(moved_run, self.vocab_size, self.hardware) for moved_run in runs)
         if not moved.fits(moved.smallest):

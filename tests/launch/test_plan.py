@@ -2,7 +2,7 @@
 
 import io
 import re
-from time import perf_counter
+from time import process_time
 
 import pytest
 from rich.console import Console
@@ -29,9 +29,9 @@ BIG = ("corpus.tokenizer.vocab_size=32768", "data.sequence_length=1024", "traini
 
 
 def test_fifteen_billion_parameters_are_planned_in_seconds(show):
-    started = perf_counter()
+    started = process_time()
     shown = show("model/15b", *BIG, number=64)
-    assert perf_counter() - started < 5
+    assert process_time() - started < 5
     assert re.search(r"15b: 1[45]\.\d B parameters with 32,768 pieces, on 64 x H100, bf16", shown)
     assert "recommended:" in shown
 

@@ -51,7 +51,15 @@ def group_sizes(model: torch.nn.Module) -> list[list[int]]:
 
 def storages() -> dict[int, int]:
     """Address and bytes of every tensor that Python can reach, gradients included."""
-    time.sleep(0.1)  # threads of gloo let go of what they have sent a moment after it has arrived
+    found, before = reachable(), {}
+    while found != before:  # threads of gloo let go of what they have sent a moment after it has arrived
+        time.sleep(0.1)
+        found, before = reachable(), found
+    return found
+
+
+def reachable() -> dict[int, int]:
+    """`storages` of this moment."""
     gc.collect()
     found = {}
     for tensor in [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]:
