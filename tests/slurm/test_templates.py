@@ -85,6 +85,7 @@ def test_a_corpus_is_built_as_an_array_whose_parts_a_last_job_joins(slurm: Clust
     whole = load_manifest(slurm.project / "corpus")
     build = ("tiny.yaml", "corpus.path=in-parts", "corpus.tokenizer.model=corpus/tokenizer.model", "--parts", "3")
     too_early = queue(slurm, "prepare", *build)
+    slurm.wait_for_state(too_early, "FAILED")  # or it would see parts of the array
     parts = queue(slurm, "prepare", *build, options=("--array=0-2",))
     join = queue(slurm, "prepare", *build, options=(f"--dependency=afterok:{parts}", "--kill-on-invalid-dep=yes"))
     slurm.wait_for_state(join, "COMPLETED")
