@@ -17,7 +17,7 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     for part in ("pretrain", "launch", "configs"):
         shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
     command = ["submit", "tiny.yaml", "name=life", "--nodes", "4", "--partition", "preempt", "--profile", "2:3"]
-    assert "evaluation follows as job" in slurm.diptych(*command, "cluster.sbatch.begin=now+6", home=checkout)
+    assert "evaluation follows as job" in slurm.diptych(*command, "cluster.sbatch.begin=now+10", home=checkout)
     # The job waits; what happens to the checkout must not matter to it.
     for entry in ("pretrain/training/__main__.py", "launch/cli.py"):
         (checkout / entry).write_text("raise SystemExit(9)\n")
