@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.timing import Row, compare, machine, paired, write_results
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.model.attention import attention
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout

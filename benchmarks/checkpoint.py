@@ -21,14 +21,16 @@ import torch.multiprocessing as mp
 
 from benchmarks.timing import Row, compare, machine, write_results
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import RunConfig, validate
-from pretrain.data.stream import StreamState
+from pretrain.checkpoint.folder import TrainingState, remove_checkpoint
+from pretrain.checkpoint.format import checkpoint_name
+from pretrain.config.load import validate
+from pretrain.config.run import RunConfig
+from pretrain.data.stream.state import StreamState
 from pretrain.model.encoder import MaskedLanguageModel
-from pretrain.training.checkpoint import TrainingState, checkpoint_name, remove_checkpoint
-from pretrain.training.checkpoint_save import CheckpointSaver
-from pretrain.training.engine import Engine
-from pretrain.training.processes import end_rank
+from pretrain.training.ranks import end_rank
+from pretrain.training.save import CheckpointSaver
 from pretrain.training.step import agree_on_step, train_step
+from pretrain.training.zero.engine import Engine
 
 RANKS = 2
 ENCODERS = {

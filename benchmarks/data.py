@@ -27,16 +27,17 @@ import torch.distributed as dist
 import webdataset as wds
 
 from benchmarks.timing import command, machine
-from launch.documentation import collect_documentation
-from pretrain.config import RunConfig, load_config
-from pretrain.data.corpus import build_corpus
-from pretrain.data.loader import StepRows, training_steps
+from launch.quickstart.documentation import collect_documentation
+from pretrain.config.load import load_config
+from pretrain.config.run import RunConfig
+from pretrain.data.build.corpus import build_corpus
 from pretrain.data.manifest import Manifest
-from pretrain.data.stream import StreamState
+from pretrain.data.stream.loader import StepRows, training_steps
+from pretrain.data.stream.state import StreamState
 from pretrain.files import write_json, write_text
+from pretrain.run.folder import open_run_folder
+from pretrain.run.records import read_metrics
 from pretrain.training import trainer
-from pretrain.training.metrics import read_metrics
-from pretrain.training.run_folder import open_run_folder
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("DIPTYCH_DATA", ROOT.parent / "shared/data"))

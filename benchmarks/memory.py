@@ -20,11 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.timing import Row, command, machine, write_results
-from pretrain.config import RunConfig, validate
-from pretrain.training.engine import Engine, build_model, load_deepspeed
+from pretrain.config.load import validate
+from pretrain.config.run import RunConfig
 from pretrain.training.mock_step import mock_step
-from pretrain.training.peak_memory import PeakMemory
-from pretrain.training.processes import end_rank
+from pretrain.training.monitor.peak_memory import PeakMemory
+from pretrain.training.ranks import end_rank
+from pretrain.training.zero.construction import build_model, load_deepspeed
+from pretrain.training.zero.engine import Engine
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 4096

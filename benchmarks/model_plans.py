@@ -9,7 +9,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from launch.cli import app
-from pretrain.config import config_folder
+from pretrain.config.load import config_folder
 from pretrain.files import write_text
 
 COMMAND = "# $ diptych "

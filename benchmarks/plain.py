@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import ModelConfig
+from pretrain.config.model import ModelConfig
 
 
 class PlainBlock(nn.Module):

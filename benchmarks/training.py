@@ -26,15 +26,17 @@ import torch.multiprocessing as mp
 from benchmarks.plain import PlainLoop
 from benchmarks.timing import Row, Sense, command, compare, machine, paired, write_results
 from pretrain.batch import Batch
-from pretrain.config import RunConfig, load_config
-from pretrain.training.engine import Engine, build_model, load_deepspeed
-from pretrain.training.flops import flops_per_token, peak_flops
-from pretrain.training.inspection import Inspection
+from pretrain.config.load import load_config
+from pretrain.config.run import RunConfig
+from pretrain.training.cost.flops import flops_per_token, peak_flops
 from pretrain.training.mock_step import largest_batch
-from pretrain.training.peak_memory import PeakMemory
-from pretrain.training.processes import end_rank
+from pretrain.training.monitor.clock import StepClock, shares
+from pretrain.training.monitor.norms import Inspection
+from pretrain.training.monitor.peak_memory import PeakMemory
+from pretrain.training.ranks import end_rank
 from pretrain.training.step import agree_on_step, train_step
-from pretrain.training.timing import StepClock, shares
+from pretrain.training.zero.construction import build_model, load_deepspeed
+from pretrain.training.zero.engine import Engine
 
 RESULTS = Path(__file__).parent / "results"
 ANSWER = "answer.json"

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from benchmarks.timing import command, machine
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.config.model import ModelConfig
+from pretrain.config.training import OptimizerConfig
 from pretrain.files import write_json
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.training.optimizer import build_optimizer
+from pretrain.training.zero.optimizer import build_optimizer
 
 KINDS = ("standard", "mup")
 WIDTHS = (64, 128, 256, 512, 1024)

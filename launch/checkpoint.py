@@ -8,14 +8,10 @@ from rich.console import Console, Group
 from rich.text import Text
 from safetensors.torch import save_file
 
-from launch.display import StageProgress, say
-from launch.runs import compact, duration
-from launch.tables import table
-from pretrain.config import load_config
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, UserError
-from pretrain.files import atomic_path
-from pretrain.model.encoder import MaskedLanguageModel
-from pretrain.training.checkpoint import (
+from launch.terminal.console import compact, duration, say
+from launch.terminal.progress import StageProgress
+from launch.terminal.tables import table
+from pretrain.checkpoint.folder import (
     check_sizes,
     describe_damage,
     find_checkpoint,
@@ -26,8 +22,12 @@ from pretrain.training.checkpoint import (
     remove_checkpoint,
     verify_checkpoint,
 )
-from pretrain.training.checkpoint_files import SavedFragments, read_manifest, step_of
-from pretrain.training.checkpoint_logits import EMBEDDING, compare_logits, load_logits, model_logits
+from pretrain.checkpoint.format import SavedFragments, read_manifest, step_of
+from pretrain.checkpoint.logits import EMBEDDING, compare_logits, load_logits, model_logits
+from pretrain.config.load import load_config
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, UserError
+from pretrain.files import atomic_path
+from pretrain.model.encoder import MaskedLanguageModel
 
 TIED = "head.weight"
 """What an encoder with tied embeddings does not have of its own."""

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.display import say
-from launch.slurm import SlurmSilentError, cancel_job, has_slurm, job_states, signal_job
-from launch.submission import newest_submission
-from pretrain.config import RunConfig, load_config
+from launch.slurm.queries import SlurmSilentError, cancel_job, has_slurm, job_states, signal_job
+from launch.slurm.submission import CANCELLED, newest_submission
+from launch.terminal.console import say
+from pretrain.config.load import load_config
+from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
-
-CANCELLED = "cancelled"
-"""A file in the run folder: its job must not go back into the queue."""
 
 
 def cancel(run_folders: Sequence[Path], console: Console) -> None:
@@ -60,7 +58,7 @@ def _cancel_jobs(run_folder: Path, console: Console) -> bool:
 
 def _cancel_here(run_folder: Path, console: Console) -> bool:
     """Ask the launcher on this machine to end; False where the run is not being trained."""
-    from pretrain.training.run_lock import holder_of, is_held, machine_id
+    from pretrain.run.lock import holder_of, is_held, machine_id
 
     holder = holder_of(run_folder)
     if holder is None or not is_held(run_folder):
@@ -84,7 +82,7 @@ def resume(run_folder: Path, console: Console) -> int:
                 f"{run_folder.name} was submitted to Slurm, and there is no sbatch on this machine; resume it on a "
                 f"login node, or train it here with `diptych train {run_folder / 'config.yaml'}`"
             )
-        from launch.submit import submit
+        from launch.slurm.submit import submit
 
         submit(config, console, evaluate="evaluate" in submission.jobs)
         return 0
@@ -95,7 +93,7 @@ def resume(run_folder: Path, console: Console) -> int:
 
 def ranks_of(run_folder: Path, config: RunConfig) -> int:
     """As many ranks as the last time, if this machine has the GPUs for them; else what `diptych train` would take."""
-    from launch.local import num_gpus
+    from launch.local.ranks import num_gpus
     from launch.train import choose_num_ranks
 
     try:

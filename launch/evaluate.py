@@ -8,26 +8,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from launch.display import PlainDisplay, StageProgress, make_display, say
-from launch.local import (
-    Rank,
-    Supervisor,
-    free_port,
-    launch_local,
-    num_gpus,
-    rank_environment,
-    start_rank,
-    stop_requests,
-)
-from launch.tables import fitting_table
+from launch.local.ranks import Rank, free_port, num_gpus, rank_environment, start_rank
+from launch.local.supervisor import Supervisor, stop_requests
+from launch.local.training import launch_local
+from launch.terminal.console import say
+from launch.terminal.display import PlainDisplay, make_display
+from launch.terminal.progress import StageProgress
+from launch.terminal.tables import fitting_table
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
-from pretrain.status import read_status
+from pretrain.run.status import read_status
 
 if TYPE_CHECKING:
-    from pretrain.evaluation.evaluate import Finished
-    from pretrain.evaluation.plan import Plan
-    from pretrain.evaluation.schema import ContextReport
+    from pretrain.evaluation.context.evaluate import Finished
+    from pretrain.evaluation.context.plan import Plan
+    from pretrain.evaluation.report.schema import ContextReport
 
 _LOOK_EVERY = 5
 """Looks of the supervisor between two counts of finished parts."""
@@ -71,9 +66,9 @@ def evaluate_context(
         KeyboardInterrupt: the ranks were asked to stop; the same command goes on.
         EvaluationFailedError: a rank failed.
     """
-    from pretrain.evaluation.evaluate import evaluate
-    from pretrain.evaluation.planning import Request
-    from pretrain.evaluation.report import write_report
+    from pretrain.evaluation.context.evaluate import evaluate
+    from pretrain.evaluation.context.planning import Request
+    from pretrain.evaluation.report.writing import write_report
 
     gpus = num_gpus()
     if gpus and num_ranks > gpus:
@@ -101,10 +96,10 @@ def evaluate_context(
 
 def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Console) -> "Finished":
     """Train on long rows from the report's checkpoint on, or go on with that training, and measure it."""
-    from pretrain.config import check_topology
-    from pretrain.evaluation.evaluate import evaluate_recalibrated
-    from pretrain.evaluation.recalibrate import begin, recalibration_config
-    from pretrain.training.run_folder import open_run_folder
+    from pretrain.config.topology import check_topology
+    from pretrain.evaluation.context.evaluate import evaluate_recalibrated
+    from pretrain.evaluation.context.recalibrate import begin, recalibration_config
+    from pretrain.run.folder import open_run_folder
 
     session = finished.session
     config = recalibration_config(session.plan, tokens, num_ranks)
@@ -125,7 +120,7 @@ def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Co
 
 def show_report(report: "ContextReport", folder: Path, console: Console) -> None:
     """The curve, the headline, and where the rest is."""
-    from pretrain.evaluation.report import COLUMNS, table_rows
+    from pretrain.evaluation.report.writing import COLUMNS, table_rows
 
     title = f"Context extension of {report.run}, step {report.step}"
     console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
@@ -147,7 +142,7 @@ def _run_on_ranks(
     plan: "Plan", folder: Path, num_ranks: int, console: Console, report: Callable[[str, int, int], None]
 ) -> None:
     """Have the parts of a plan computed by processes of this machine; must be called from the main thread."""
-    from pretrain.evaluation.work import missing_parts
+    from pretrain.evaluation.context.work import missing_parts
 
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)

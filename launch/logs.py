@@ -5,13 +5,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.starts import read_starts
+from launch.slurm.starts import read_starts
 from pretrain.errors import UserError
-from pretrain.status import LIVE_STATES, read_status
+from pretrain.run.status import LIVE_STATES, read_status
 
 POLL_S = 0.5
+
+
 QUIET_S = 3.0
 """A run that has ended is followed until its log has been quiet for so long."""
+
+
 NAMED = "this rank's log: "
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.display import StageProgress, say
-from launch.local import num_cores
-from launch.tables import table
-from pretrain.evaluation import passkey_grid as passkeys
-from pretrain.evaluation.argmax import COLUMNS, Positions, ProbeSettings, run_argmax, table_rows
-from pretrain.evaluation.passkey import PasskeySettings, Pattern
-from pretrain.evaluation.probes import TABLE, Attention
+from launch.local.ranks import num_cores
+from launch.terminal.console import say
+from launch.terminal.progress import StageProgress
+from launch.terminal.tables import table
+from pretrain.evaluation.probes import passkey_grid as passkeys
+from pretrain.evaluation.probes.argmax import COLUMNS, Positions, ProbeSettings, run_argmax, table_rows
+from pretrain.evaluation.probes.grid import TABLE, Attention
+from pretrain.evaluation.probes.passkey import PasskeySettings, Pattern
 
 
 def argmax(

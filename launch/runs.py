@@ -1,19 +1,25 @@
 """What a run folder says of itself, and what Slurm says of its jobs: the list of all runs in a folder. Only reads."""
 
 import difflib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.slurm import JobState, SlurmSilentError, job_states
-from launch.starts import last_end
-from launch.submission import Submission, newest_submission
+from rich.table import Table
+from rich.text import Text
+
+from launch.slurm.queries import JobState, SlurmSilentError, job_states
+from launch.slurm.starts import last_end
+from launch.slurm.submission import Submission, newest_submission
+from launch.terminal.console import compact, duration
+from launch.terminal.tables import number, table
 from pretrain.errors import UserError
-from pretrain.status import LIVE_STATES, STATUS, read_status
+from pretrain.run.status import LIVE_STATES, STATUS, read_status
 
 SWEEP = "sweep.json"
+
+
 LOST_AFTER_S = 60.0
 """A run that claims to be at work, but whose heartbeat is older than this, is lost."""
 
@@ -150,23 +156,35 @@ def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
     return found
 
 
-def duration(seconds: float) -> str:
-    """A time span in its two largest units: 42 s, 5 m, 3 h 20 m, 2 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes} m"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} m"
-    return f"{minutes // 1440} d {minutes // 60 % 24} h"
+STATE_STYLES = {"done": "green", "failed": "red", "lost": "red", "interrupted": "yellow", "training": "cyan"}
 
 
-def compact(value: float, gap: str = "") -> str:
-    """A count with three figures and a unit prefix, `gap` between them: 987, 12.3k, 3.50M, 62.1G."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:
-            scaled = value / size
-            decimals = max(0, 2 - int(math.log10(max(scaled, 1.0))))
-            return f"{scaled:.{decimals}f}{gap}{unit}"
-    return f"{value:.0f}{gap}"
+def runs_table(rows: Sequence[RunRow]) -> Table:
+    """`diptych runs`."""
+    columns = ["run", "state", "step", "tokens", "loss", "validation loss", "tokens/s", "last seen", "left", "restarts"]
+    submitted = any(row.slurm for row in rows)
+    if submitted:
+        columns.insert(1, "Slurm")
+    cells = (_run_cells(row, submitted) for row in rows)
+    return table(None, columns, cells, numbers_from=3 if submitted else 2)
+
+
+def why_ended(rows: Sequence[RunRow]) -> list[str]:
+    """Below the table: a line for each run that has something to say of its end."""
+    return [f"{row.name} ended the last time: {row.message}" for row in rows if row.message]
+
+
+def _run_cells(row: RunRow, submitted: bool) -> list[str | Text]:
+    return [
+        row.name,
+        *([row.slurm or "-"] if submitted else []),
+        Text(row.state, style=STATE_STYLES.get(row.state.split()[0], "")),
+        number(row.step, "d"),
+        "-" if row.tokens is None else f"{compact(row.tokens)} of {compact(row.total_tokens or 0)}",
+        number(row.loss),
+        number(row.validation_loss),
+        "-" if row.tokens_per_s is None else compact(row.tokens_per_s),
+        "-" if row.age_s is None else f"{duration(row.age_s)} ago",
+        "-" if row.seconds_left is None else duration(row.seconds_left),
+        number(row.restarts, "d"),
+    ]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import RunConfig, to_yaml, validate
-from pretrain.data.corpus import build_corpus
+from pretrain.config.load import to_yaml, validate
+from pretrain.config.run import RunConfig
+from pretrain.data.build.corpus import build_corpus
 from pretrain.data.manifest import Manifest, load_manifest
 from tests.ranks import run_on_ranks, train_alone
 
@@ -91,7 +92,7 @@ def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPat
     config = tiny_run(
         corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
     )
-    from pretrain.training.run_folder import open_run_folder
+    from pretrain.run.folder import open_run_folder
 
     open_run_folder(config, load_manifest(config.corpus.path))
     run_on_ranks(train_alone, 1, folder / "ranks", config)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain.config import RunConfig
-from pretrain.training.processes import end_rank
+from pretrain.config.run import RunConfig
+from pretrain.training.ranks import end_rank
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.width import KINDS, WIDTHS, draw, movement, slopes
-from pretrain.training.processes import StopRequest
-from pretrain.training.run_folder import open_run_folder
+from pretrain.run.folder import open_run_folder
+from pretrain.training.ranks import StopRequest
 from pretrain.training.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.training.test_training import STAGES, curve

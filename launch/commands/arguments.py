@@ -17,10 +17,13 @@ Config = Annotated[
     str,
     typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with Diptych: quickstart."),
 ]
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for instance training.tokens=1000000."),
 ]
+
 
 Profile = Annotated[
     str | None,

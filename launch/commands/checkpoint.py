@@ -7,8 +7,13 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Look at what a run has saved, verify it, thin it out.")
 
+
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
+
+
 Folder = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
+
+
 Step = Annotated[int | None, typer.Option(min=0, help="Of which step; by default the newest.")]
 
 
@@ -19,8 +24,8 @@ def checkpoint_list(run: Run, folder: Folder = Path("runs")) -> None:
     [bold]Example:[/bold] diptych checkpoint list quickstart
     """
     from launch.checkpoint import list_run
-    from launch.display import make_console
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     list_run(find_run(run, folder), make_console())
 
@@ -34,8 +39,8 @@ def checkpoint_show(run: Run, step: Step = None, folder: Folder = Path("runs")) 
     [bold]Example:[/bold] diptych checkpoint show quickstart --step 800
     """
     from launch.checkpoint import show_checkpoint
-    from launch.display import make_console
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     show_checkpoint(find_run(run, folder), step, make_console())
 
@@ -53,8 +58,8 @@ def checkpoint_verify(
     [bold]Example:[/bold] diptych checkpoint verify quickstart
     """
     from launch.checkpoint import verify_run
-    from launch.display import make_console
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     raise typer.Exit(verify_run(find_run(run, folder), step, make_console()))
 
@@ -79,8 +84,8 @@ def checkpoint_prune(
     [bold]Example:[/bold] diptych checkpoint prune quickstart --keep-last 1 --dry-run
     """
     from launch.checkpoint import prune_run
-    from launch.display import make_console
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     prune_run(find_run(run, folder), keep_last, keep_every, dry_run, make_console())
 
@@ -98,7 +103,7 @@ def export_weights(
     [bold]Example:[/bold] diptych export-weights quickstart --out quickstart.safetensors
     """
     from launch.checkpoint import export_run
-    from launch.display import make_console
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     export_run(find_run(run, folder), step, out, make_console())

@@ -23,10 +23,10 @@ def compare(
 
     [bold]Example:[/bold] diptych compare quickstart bidirectional --out comparison
     """
-    from launch.display import make_console, say
     from launch.runs import runs_meant
-    from launch.tables import table
-    from pretrain.evaluation.compare import read_groups, table_rows, write_comparison
+    from launch.terminal.console import make_console, say
+    from launch.terminal.tables import table
+    from pretrain.evaluation.report.compare import read_groups, table_rows, write_comparison
 
     console, found = make_console(), []
     for name in runs:

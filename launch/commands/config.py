@@ -8,7 +8,7 @@ import typer
 from launch.commands.arguments import Config, Overrides
 
 if TYPE_CHECKING:
-    from pretrain.config import RunConfig
+    from pretrain.config.run import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Look at configs and their schema.")
 
@@ -21,7 +21,7 @@ def config_show(config: Config, overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] diptych config show quickstart model.num_layers=6
     """
-    from pretrain.config import load_config, to_yaml
+    from pretrain.config.load import load_config, to_yaml
 
     print(to_yaml(load_config(config, overrides or [])), end="")
 
@@ -32,7 +32,7 @@ def config_schema() -> None:
 
     [bold]Example:[/bold] diptych config schema > diptych.schema.json
     """
-    from pretrain.config import RunConfig
+    from pretrain.config.run import RunConfig
 
     print(json.dumps(file_schema(RunConfig), indent=2, ensure_ascii=False))
 

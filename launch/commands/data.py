@@ -13,7 +13,10 @@ from pretrain.files import disk_errors
 
 app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
 
+
 _AGAIN = "free space, delete what was made there, and run the same command again"
+
+
 ConfigOrCorpus = Annotated[
     str, typer.Argument(metavar="CONFIG_OR_CORPUS", help="A config, or a corpus folder (with a manifest.json).")
 ]
@@ -44,10 +47,10 @@ def data_build(
 
     [bold]Example:[/bold] diptych data build my.yaml corpus.processes=8 --on-bad skip
     """
-    from launch.display import make_console
-    from launch.tables import corpus_summary
-    from launch.train import build
-    from pretrain.config import load_config
+    from launch.corpus import build
+    from launch.terminal.console import make_console
+    from launch.terminal.tables import corpus_summary
+    from pretrain.config.load import load_config
 
     with resumable():
         run = load_config(config, [*(overrides or []), *([f"corpus.on_bad={on_bad.value}"] if on_bad else [])])
@@ -69,7 +72,7 @@ def data_verify(corpus: ConfigOrCorpus) -> None:
 
     [bold]Example:[/bold] diptych data verify corpora/quickstart
     """
-    from launch.local import num_cores
+    from launch.local.ranks import num_cores
     from pretrain.data.manifest import MANIFEST, load_manifest
 
     path = _corpus_folder(corpus)
@@ -94,8 +97,8 @@ def data_show(corpus: ConfigOrCorpus) -> None:
 
     [bold]Example:[/bold] diptych data show corpora/quickstart
     """
-    from launch.display import make_console
-    from launch.tables import corpus_description
+    from launch.terminal.console import make_console
+    from launch.terminal.tables import corpus_description
     from pretrain.data.inspection import describe_corpus
 
     make_console().print(corpus_description(describe_corpus(_corpus_folder(corpus))))
@@ -116,9 +119,9 @@ def data_index(
 
     [bold]Example:[/bold] diptych data index corpora/theirs theirs-*.tar --tokenizer their.model --valid held-out.tar
     """
-    from launch.display import make_console
-    from launch.tables import corpus_summary
-    from pretrain.data.joining import index_shards
+    from launch.terminal.console import make_console
+    from launch.terminal.tables import corpus_summary
+    from pretrain.data.build.joining import index_shards
 
     parts = {"train": shards, "valid": valid or [], "test": test or []}
     with disk_errors(corpus, _AGAIN):
@@ -137,9 +140,9 @@ def data_merge(
 
     [bold]Example:[/bold] diptych data merge corpora/all corpora/books corpora/web
     """
-    from launch.display import make_console
-    from launch.tables import corpus_summary
-    from pretrain.data.joining import merge_corpora
+    from launch.terminal.console import make_console
+    from launch.terminal.tables import corpus_summary
+    from pretrain.data.build.joining import merge_corpora
 
     with disk_errors(corpus, _AGAIN):
         made = merge_corpora(corpus, parts)
@@ -148,7 +151,7 @@ def data_merge(
 
 def _corpus_folder(name: str) -> Path:
     """A folder as it is; anything else is a config, whose corpus is meant."""
-    from pretrain.config import find_config, load_config
+    from pretrain.config.load import find_config, load_config
 
     if Path(name).is_dir():
         return Path(name).absolute()

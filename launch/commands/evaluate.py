@@ -10,7 +10,11 @@ import typer
 from launch.commands.arguments import resumable
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
+
+
 probe_app = typer.Typer(no_args_is_help=True, help="Train small encoders on a synthetic task, to compare their kinds.")
+
+
 app.add_typer(probe_app, name="probe")
 
 
@@ -79,10 +83,10 @@ def evaluate_context(
 
     [bold]Example:[/bold] diptych evaluate context quickstart --lengths 0.5x,1x,2x,4x --budget 5m --nproc 2
     """
-    from launch.display import make_console
     from launch.evaluate import evaluate_context as evaluate_run
     from launch.evaluate import parse_count, parse_duration, parse_lengths
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     run_folder = find_run(run, folder)
     changes = [*(overrides or []), *([f"split={split.value}"] if split else [])]
@@ -121,8 +125,8 @@ def evaluate_probe_argmax(
 
     [bold]Example:[/bold] diptych evaluate probe argmax --attention dual_triangle --positions none --seeds 1
     """
-    from launch.display import make_console
     from launch.probe import argmax
+    from launch.terminal.console import make_console
 
     kinds = dict.fromkeys(attention or Attention)
     told = dict.fromkeys(positions or (Positions.NONE, Positions.ROTARY))
@@ -153,8 +157,8 @@ def evaluate_probe_passkey(
 
     [bold]Example:[/bold] diptych evaluate probe passkey --attention dual_triangle --pattern local_global --seeds 1
     """
-    from launch.display import make_console
     from launch.probe import passkey
+    from launch.terminal.console import make_console
 
     kinds = dict.fromkeys(attention or (Attention.DUAL_TRIANGLE, Attention.BIDIRECTIONAL))
     layers = dict.fromkeys(pattern or Pattern)

@@ -39,10 +39,10 @@ def ladder_run(
 
     [bold]Example:[/bold] diptych ladder books name=books-ladder --sizes 1m,4m,15m --budget 5e15 --local
     """
-    from launch.display import make_console, say
-    from launch.ladder import parse_flops, parse_seeds, plan_ladder
-    from launch.ladder_report import plan_table
-    from launch.sweep import run_here, show_sweep, submit_sweep
+    from launch.grid.ladder import parse_flops, parse_seeds, plan_ladder
+    from launch.grid.ladder_report import plan_table
+    from launch.grid.sweep import run_here, show_sweep, submit_sweep
+    from launch.terminal.console import make_console, say
 
     console = make_console()
     with resumable():
@@ -90,8 +90,8 @@ def ladder_show(
 def _show(folder: Path) -> None:
     import time
 
-    from launch.display import make_console, say
-    from launch.ladder_report import findings, read_climbed, rungs_table, write_report
+    from launch.grid.ladder_report import findings, read_climbed, rungs_table, write_report
+    from launch.terminal.console import make_console, say
 
     climbed, console = read_climbed(folder, time.time()), make_console()
     console.print(rungs_table(climbed))

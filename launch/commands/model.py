@@ -15,7 +15,7 @@ def model_show(config: Config, overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] diptych model show model/1b corpus.tokenizer.vocab_size=32768
     """
-    from launch.display import make_console
-    from launch.model import show_model
+    from launch.plan import show_model
+    from launch.terminal.console import make_console
 
     show_model(config, overrides or [], make_console())

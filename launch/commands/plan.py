@@ -30,8 +30,8 @@ def plan(
 
     [bold]Example:[/bold] diptych plan model/1b data.sequence_length=4096 --gpu h100 --gpus-per-node 8
     """
-    from launch.display import make_console
     from launch.plan import brief_plan, hardware, make_plan, show_plan
+    from launch.terminal.console import make_console
 
     made = make_plan(config, overrides or [], hardware(gpu, nodes, gpus_per_node, peak))
     if brief:

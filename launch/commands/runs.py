@@ -9,6 +9,8 @@ import typer
 from launch.commands.arguments import resumable
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
+
+
 Folder = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
 
 
@@ -21,9 +23,8 @@ def runs(
 
     [bold]Example:[/bold] diptych runs --folder /scratch/me/runs
     """
-    from launch.display import make_console, say
-    from launch.runs import list_runs, with_slurm
-    from launch.tables import runs_table, why_ended
+    from launch.runs import list_runs, runs_table, why_ended, with_slurm
+    from launch.terminal.console import make_console, say
 
     rows, warning = with_slurm(list_runs(folder))
     if warning:
@@ -69,8 +70,8 @@ def cancel(
     [bold]Example:[/bold] diptych cancel mine
     """
     from launch.control import cancel as cancel_run
-    from launch.display import make_console
     from launch.runs import runs_meant
+    from launch.terminal.console import make_console
 
     cancel_run(runs_meant([run], folder), make_console())
 
@@ -83,8 +84,8 @@ def resume(run: Run, folder: Folder = Path("runs")) -> None:
     [bold]Example:[/bold] diptych resume mine
     """
     from launch.control import resume as resume_run
-    from launch.display import make_console
     from launch.runs import find_run
+    from launch.terminal.console import make_console
 
     with resumable():
         exit_code = resume_run(find_run(run, folder), make_console())

@@ -51,12 +51,13 @@ def submit(
     [bold]Example:[/bold] diptych submit my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
     """
     changes = [*(overrides or []), *cluster.cluster_overrides(locals())]
-    from launch.display import make_console
-    from launch.in_job import allocation_overrides, prepare_run
-    from launch.submit import show_scripts
-    from launch.submit import submit as submit_run
-    from pretrain.config import check_topology, load_config
-    from pretrain.training.profiled_steps import ProfiledSteps
+    from launch.slurm.in_job import allocation_overrides, prepare_run
+    from launch.slurm.scripts import show_scripts
+    from launch.slurm.submit import submit as submit_run
+    from launch.terminal.console import make_console
+    from pretrain.config.load import load_config
+    from pretrain.config.topology import check_topology
+    from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
     steps = ProfiledSteps.parse(profile) if profile is not None else None
     run = load_config(config, [*changes, *(allocation_overrides() if in_job else [])])

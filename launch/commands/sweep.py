@@ -59,9 +59,10 @@ def sweep_run(
     [bold]Example:[/bold] diptych sweep run my.yaml --grid model.attention=dual_triangle,bidirectional seed=1,2,3
     """
     of_cluster = cluster.cluster_overrides(locals())
-    from launch.display import make_console
-    from launch.in_job import allocation_overrides, prepare_member
-    from launch.sweep import is_axis, plan_sweep, run_here, show_sweep, submit_sweep
+    from launch.grid.in_job import prepare_member
+    from launch.grid.sweep import is_axis, plan_sweep, run_here, show_sweep, submit_sweep
+    from launch.slurm.in_job import allocation_overrides
+    from launch.terminal.console import make_console
 
     overrides = [*(change for change in changes or [] if not is_axis(change)), *of_cluster]
     overrides += allocation_overrides() if in_job else []
@@ -95,8 +96,8 @@ def sweep_show(
     """
     import time
 
-    from launch.display import make_console, say
-    from launch.sweep_report import plot_curves, read_results, results_table
+    from launch.grid.sweep_report import plot_curves, read_results, results_table
+    from launch.terminal.console import make_console, say
 
     path = folder / sweep if (folder / sweep).is_dir() else Path(sweep)
     results = read_results(path, time.time())

@@ -16,7 +16,7 @@ def quickstart(overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] diptych quickstart training.tokens=1000000
     """
-    from launch.quickstart import run_quickstart
+    from launch.quickstart.quickstart import run_quickstart
 
     with resumable():
         exit_code = run_quickstart(overrides or [])
@@ -45,11 +45,11 @@ def train(
 
     [bold]Example:[/bold] diptych train my.yaml --nproc 2 name=first training.tokens=1000000
     """
-    from launch.display import make_console
+    from launch.terminal.console import make_console
     from launch.train import choose_num_ranks
     from launch.train import train as train_run
-    from pretrain.config import load_config
-    from pretrain.training.profiled_steps import ProfiledSteps
+    from pretrain.config.load import load_config
+    from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
     with resumable():
         steps = ProfiledSteps.parse(profile) if profile is not None else None

@@ -12,7 +12,10 @@ import numpy.typing as npt
 
 UInt64 = npt.NDArray[np.uint64]
 
+
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
 _ALL = 2**64 - 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.manifest import SPLITS, TOKEN_COUNTS, TOKENIZER, Manifest, load_manifest
-from pretrain.data.shards import Shard, verify_shard
+from pretrain.data.shards.shard import Shard, verify_shard
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.files import sha256_of

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
-from pretrain.training.processes import StopRequest, die_with_launcher, end_rank
+from pretrain.training.ranks import StopRequest, die_with_launcher, end_rank
 
 
 def main(folder: Path) -> int:
@@ -22,10 +22,10 @@ def main(folder: Path) -> int:
     log = logging.getLogger("pretrain.evaluation")
     import torch
 
-    from pretrain.evaluation.plan import share_out
-    from pretrain.evaluation.planning import load_plan
-    from pretrain.evaluation.session import Session
-    from pretrain.evaluation.work import part_path, run_parts
+    from pretrain.evaluation.context.plan import share_out
+    from pretrain.evaluation.context.planning import load_plan
+    from pretrain.evaluation.context.session import Session
+    from pretrain.evaluation.context.work import part_path, run_parts
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:

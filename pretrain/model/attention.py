@@ -23,10 +23,16 @@ from pretrain.model.layout import AttentionLayout
 
 __all__ = ["Kernel", "Kind", "allowed_pairs", "attention", "choose_kernel", "reverse"]
 
+
 log = logging.getLogger(__name__)
 
+
 Kernel = Literal["auto", "sdpa", "varlen", "flex", "dense"]
+
+
 _KERNELS = {"sdpa": kernels.sdpa, "varlen": kernels.varlen, "flex": flex, "dense": kernels.dense}
+
+
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.batch import IGNORED, Batch
+from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.model.attention import Kernel, attention, choose_kernel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.rotary import (
@@ -24,7 +25,6 @@ from pretrain.model.rotary import (
     rotate,
     scaled_frequencies,
 )
-from pretrain.model_config import LayerConfig, ModelConfig
 
 RotaryTable = tuple[Tensor, Tensor]
 

@@ -19,15 +19,23 @@ from torch import Tensor
 from pretrain.model.layout import AttentionLayout
 
 Kind = Literal["dual_triangle", "bidirectional", "causal"]
+
+
 Triangle = Literal["past", "future", "both"]
+
+
 TRIANGLES: dict[Kind, tuple[Triangle, ...]] = {
     "dual_triangle": ("past", "future"),
     "bidirectional": ("both",),
     "causal": ("past",),
 }
+
+
 _SHORT_ROW = 256
 """On the CPU, rows up to this length are masked rather than re-indexed: below two blocks of keys, causal flash
 attention computes all scores anyway."""
+
+
 _SMALLEST_BLOCK = 64
 """Windows below this are computed in blocks of this many queries: smaller ones spend their time in calls."""
 

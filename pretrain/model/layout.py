@@ -19,8 +19,11 @@ from pretrain.model.sequence_parallel import SequenceGroup
 
 T = TypeVar("T")
 
+
 _SHORT = 64
 """Documents up to this length share a bucket, whatever their lengths: one more call would cost more than padding."""
+
+
 _FULLNESS = 0.75
 """A document joins a bucket if it is at least this share of the bucket's longest."""
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.model.encoder import MaskedLanguageModel
-from pretrain.model_config import LayerConfig, ModelConfig
 
 GROUPS = ("embedding", "attention", "feed-forward", "norms", "head", "other")
 """In the order of a forward pass; `other` holds what is none of these, and is there only where it is not empty."""

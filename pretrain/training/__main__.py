@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pretrain.errors import EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import RedactingFormatter, redact
-from pretrain.training.attempt import Attempt, SupersededError
-from pretrain.training.processes import StopRequest, die_with_launcher, end_rank, hold_run, join_ranks
-from pretrain.training.watchdog import end_of
+from pretrain.run.attempt import Attempt, SupersededError
+from pretrain.training.monitor.heartbeats import end_of
+from pretrain.training.ranks import StopRequest, die_with_launcher, end_rank, hold_run, join_ranks
 
 
 def main(run_folder: str) -> int:
@@ -26,8 +26,8 @@ def main(run_folder: str) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     attempt: Attempt | None = None
     try:
-        from pretrain.config import load_config
-        from pretrain.training.run_folder import with_secrets
+        from pretrain.config.load import load_config
+        from pretrain.run.folder import with_secrets
         from pretrain.training.trainer import Trainer
 
         config = with_secrets(load_config(str(Path(run_folder) / "config.yaml")))

@@ -11,12 +11,16 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from pretrain.config import TrainingConfig
+from pretrain.config.training import TrainingConfig
 
 WINDOW = 128
 """Losses that are looked back upon."""
+
+
 ENOUGH = 32
 """Before so many, no loss is a spike: a run learns fast at its beginning."""
+
+
 SMALLEST_SPREAD = 0.01
 """As a share of the median: losses may happen to lie closer together than any spike needs to be apart."""
 

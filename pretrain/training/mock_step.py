@@ -10,10 +10,11 @@ import os
 import torch
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import RunConfig
+from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
-from pretrain.training.engine import Engine, accumulation_steps, ranks_per_node
-from pretrain.training.planning import Hardware, Plan, advice
+from pretrain.training.cost.plan import Hardware, Plan, advice
+from pretrain.training.zero.engine import Engine
+from pretrain.training.zero.settings import accumulation_steps, ranks_per_node
 
 
 def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) -> int:

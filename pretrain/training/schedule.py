@@ -1,6 +1,6 @@
 """The learning rate as a pure function of tokens seen."""
 
-from pretrain.config import ScheduleConfig
+from pretrain.config.training import ScheduleConfig
 
 
 def learning_rate(tokens_seen: int, total_tokens: int, peak: float, schedule: ScheduleConfig) -> float:

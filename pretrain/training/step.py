@@ -13,9 +13,9 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.errors import UserError
 from pretrain.model.sequence_parallel import SequenceGroup
-from pretrain.training.engine import Engine
-from pretrain.training.inspection import Inspection
-from pretrain.training.timing import StepClock
+from pretrain.training.monitor.clock import StepClock
+from pretrain.training.monitor.norms import Inspection
+from pretrain.training.zero.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,6 @@ def agree_on_step(
             "resumes"
         )
     return StepTotals(masked, tokens, checksum, lost, bool(stop))
-
-
-def any_rank(value: bool) -> bool:
-    """Whether it is true on any rank; collective, on the CPU."""
-    flag = torch.tensor(int(value))
-    if dist.is_initialized():
-        dist.all_reduce(flag)
-    return bool(flag)
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

@@ -11,31 +11,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.config import RunConfig, check_topology
-from pretrain.data.loader import StepRows, training_steps, validation_batches
+from pretrain.checkpoint.folder import TrainingState, load_state, remove_leftovers
+from pretrain.config.run import RunConfig
+from pretrain.config.topology import check_topology
 from pretrain.data.manifest import load_manifest
-from pretrain.data.stream import StreamState
+from pretrain.data.stream.loader import StepRows, training_steps, validation_batches
+from pretrain.data.stream.state import StreamState
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, UserError
-from pretrain.training.attempt import agree_on_attempt
-from pretrain.training.checkpoint import TrainingState, load_state, remove_leftovers
-from pretrain.training.checkpoint_load import agree_on_checkpoint, load_checkpoint, newer_than
-from pretrain.training.checkpoint_save import CheckpointSaver
-from pretrain.training.engine import Engine, build_model, load_deepspeed, ranks_per_node
-from pretrain.training.flops import flops_per_token, peak_flops
+from pretrain.run.attempt import agree_on_attempt
+from pretrain.run.environment import write_environment
+from pretrain.training.collectives import any_rank
+from pretrain.training.cost.flops import flops_per_token, peak_flops
 from pretrain.training.guards import Guard
-from pretrain.training.inspection import Inspection
-from pretrain.training.metrics import Metrics, StepRecord, Stopwatch, Straggler, Usage
+from pretrain.training.load import agree_on_checkpoint, load_checkpoint, newer_than
 from pretrain.training.mock_step import mock_step
-from pretrain.training.peak_memory import PeakMemory
-from pretrain.training.processes import StopRequest
-from pretrain.training.profiled_steps import requested_steps
-from pretrain.training.profiling import StepProfiler
-from pretrain.training.report import Report
-from pretrain.training.run_folder import write_environment
+from pretrain.training.monitor.clock import StepClock, Stopwatch
+from pretrain.training.monitor.diagnosis import AGREEING, READING
+from pretrain.training.monitor.metrics import Metrics, StepRecord, Usage
+from pretrain.training.monitor.norms import Inspection
+from pretrain.training.monitor.peak_memory import PeakMemory
+from pretrain.training.monitor.profiled_steps import requested_steps
+from pretrain.training.monitor.profiler import StepProfiler
+from pretrain.training.monitor.status_writer import Report
+from pretrain.training.monitor.straggler import Straggler
+from pretrain.training.monitor.watchdog import Watchdog
+from pretrain.training.ranks import StopRequest
+from pretrain.training.save import CheckpointSaver
 from pretrain.training.schedule import learning_rate
-from pretrain.training.step import StepTotals, agree_on_step, any_rank, evaluate, train_step
-from pretrain.training.timing import StepClock, time_collectives
-from pretrain.training.watchdog import AGREEING, READING, Watchdog
+from pretrain.training.step import StepTotals, agree_on_step, evaluate, train_step
+from pretrain.training.zero.construction import build_model, load_deepspeed
+from pretrain.training.zero.engine import Engine
+from pretrain.training.zero.settings import ranks_per_node
+from pretrain.training.zero.timed_collectives import time_collectives
 
 MAX_ROLLBACKS = 3
 """Returns to the same checkpoint, before the run stops after all."""

@@ -18,11 +18,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pretrain.status import read_status
-from pretrain.training.attempt import newest_attempt
-from pretrain.training.checkpoint import list_checkpoints, verify_checkpoint
-from pretrain.training.metrics import read_metrics
-from pretrain.training.run_lock import is_held
+from pretrain.checkpoint.folder import list_checkpoints, verify_checkpoint
+from pretrain.run.attempt import newest_attempt
+from pretrain.run.lock import is_held
+from pretrain.run.records import read_metrics
+from pretrain.run.status import read_status
 from tests.conftest import write_texts
 from tests.integration.test_whole_runs import living_ranks, start
 

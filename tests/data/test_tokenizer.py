@@ -8,7 +8,7 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import TokenizerConfig
+from pretrain.config.data import TokenizerConfig
 from pretrain.data import tokenizer as module
 from pretrain.data.tokenizer import (
     BOS,

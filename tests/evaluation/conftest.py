@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import RunConfig
+from pretrain.config.run import RunConfig
 from pretrain.data.manifest import load_manifest
-from pretrain.evaluation.evaluate import Finished, evaluate
-from pretrain.evaluation.planning import Request
-from pretrain.evaluation.report import write_report
-from pretrain.training.run_folder import open_run_folder
+from pretrain.evaluation.context.evaluate import Finished, evaluate
+from pretrain.evaluation.context.planning import Request
+from pretrain.evaluation.report.writing import write_report
+from pretrain.run.folder import open_run_folder
 from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 from tests.training.test_training import train

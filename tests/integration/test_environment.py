@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.status import read_status
-from pretrain.training.checkpoint import list_checkpoints
-from pretrain.training.metrics import read_metrics
+from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.run.records import read_metrics
+from pretrain.run.status import read_status
 from tests.integration.test_whole_runs import diptych, losses, project, wait_for
 
 __all__ = ["project"]

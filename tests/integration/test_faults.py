@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.status import read_status
-from pretrain.training.checkpoint import list_checkpoints, verify_checkpoint
-from pretrain.training.metrics import read_metrics
+from pretrain.checkpoint.folder import list_checkpoints, verify_checkpoint
+from pretrain.run.records import read_metrics
+from pretrain.run.status import read_status
 from tests.integration.test_whole_runs import diptych, living_ranks, losses, project, start, wait_for
 
 __all__ = ["project"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.training.checkpoint import list_checkpoints
-from pretrain.training.metrics import read_metrics
+from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.run.records import read_metrics
 from tests.conftest import write_texts
 
 SHARED = Path(os.environ.get("DIPTYCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from launch.checkpoint import export_weights
 from launch.cli import app
-from pretrain.config import load_config, to_yaml
+from pretrain.checkpoint.folder import list_checkpoints, load_weights
+from pretrain.checkpoint.format import step_of
+from pretrain.config.load import load_config, to_yaml
 from pretrain.errors import UserError
-from pretrain.training.checkpoint import list_checkpoints, load_weights
-from pretrain.training.checkpoint_files import step_of
 
 
 def run_command(*arguments: object, exit_code: int = 0) -> str:

@@ -16,7 +16,7 @@ import launch
 from launch.cli import main
 from launch.commands.arguments import resumable
 from pretrain.errors import UserError
-from pretrain.training.run_lock import run_lock
+from pretrain.run.lock import run_lock
 
 CHECKOUT = Path(launch.__file__).parent.parent
 

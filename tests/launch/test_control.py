@@ -14,17 +14,17 @@ from launch import runs
 from launch.control import cancel, ranks_of, resume
 from launch.logs import show_log
 from launch.runs import list_runs, with_slurm
-from launch.slurm import JobState, SlurmSilentError
-from launch.starts import last_end, read_starts
-from launch.submission import Submission
-from pretrain.config import to_yaml
+from launch.slurm.queries import JobState, SlurmSilentError
+from launch.slurm.starts import last_end, read_starts
+from launch.slurm.submission import Submission
+from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
 from pretrain.training.interface import interface_towards
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pretrain.training.run_lock import run_lock
+from pretrain.run.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -154,7 +154,7 @@ def test_a_run_that_is_not_at_work_cannot_be_cancelled(run):
 def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):
     config = make_config()
     config.run_folder.mkdir(parents=True)
-    monkeypatch.setattr("launch.local.num_gpus", lambda: 0)
+    monkeypatch.setattr("launch.local.ranks.num_gpus", lambda: 0)
     assert ranks_of(config.run_folder, config) == 1
     (config.run_folder / "environment.json").write_text('{"world_size": 4}')
     assert ranks_of(config.run_folder, config) == 4
@@ -165,7 +165,7 @@ def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(ma
     config.run_folder.mkdir(parents=True)
     (config.run_folder / "config.yaml").write_text(to_yaml(config))
     (config.run_folder / "environment.json").write_text('{"world_size": 2}')
-    monkeypatch.setattr("launch.local.num_gpus", lambda: 0)
+    monkeypatch.setattr("launch.local.ranks.num_gpus", lambda: 0)
     monkeypatch.setenv("PATH", "/nowhere")
     started = []
     monkeypatch.setattr("launch.train.train", lambda config, ranks, _: started.append((config, ranks)) or 75)

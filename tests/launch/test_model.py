@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.model import show_model
+from launch.plan import show_model
 from pretrain.data.manifest import Manifest
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from launch.plan import GPUS, brief_plan, hardware, make_plan, show_plan
 from pretrain.errors import UserError
-from pretrain.training.flops import peak_flops
+from pretrain.training.cost.flops import peak_flops
 
 
 @pytest.fixture

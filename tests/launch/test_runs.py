@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs import RunRow, compact, duration, find_run, list_runs
+from launch.runs import RunRow, find_run, list_runs
+from launch.terminal.console import compact, duration
 from pretrain.errors import UserError
-from pretrain.status import read_status
+from pretrain.run.status import read_status
 
 NOW = 1_800_000_000.0
 

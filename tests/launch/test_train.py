@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from launch import train
-from launch.display import make_console
-from pretrain.config import CorpusConfig, RunConfig
+from launch.terminal.console import make_console
+from pretrain.config.data import CorpusConfig
+from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
-from pretrain.training.profiled_steps import ProfiledSteps
-from pretrain.training.run_lock import run_lock
+from pretrain.run.lock import run_lock
+from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def road(config, monkeypatch):
     def evaluate(*_: object, **__: object) -> None:
         calls.append("evaluate")
 
-    monkeypatch.setitem(sys.modules, "pretrain.training.run_folder", SimpleNamespace(open_run_folder=open_run_folder))
+    monkeypatch.setitem(sys.modules, "pretrain.run.folder", SimpleNamespace(open_run_folder=open_run_folder))
     monkeypatch.setattr(train, "ensure_corpus", lambda *_: None)
     monkeypatch.setattr(train, "launch_local", launch)
     monkeypatch.setattr(train, "evaluate_context", evaluate)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.model.encoder import Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.rotary import rotary_frequencies, rotary_table, rotate

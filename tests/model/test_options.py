@@ -6,12 +6,12 @@ from pydantic import ValidationError
 from torch._dynamo.testing import CompileCounter
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import LayerConfig, ModelConfig
+from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.model.encoder import Encoder, MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.rotary import RotaryScaling
-from pretrain.training.engine import compile_blocks
 from pretrain.training.step import dropout_seed
+from pretrain.training.zero.construction import compile_blocks
 
 LOCAL_GLOBAL = [{"span": 3}, {"span": "global", "positions": "none"}]
 

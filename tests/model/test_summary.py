@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pretrain.config import ModelConfig
+from pretrain.config.model import ModelConfig
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.summary import summarize
 

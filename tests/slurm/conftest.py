@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.starts import Start, read_starts
-from pretrain.training.metrics import read_metrics
+from launch.slurm.starts import Start, read_starts
+from pretrain.run.records import read_metrics
 from tests.conftest import write_texts
 
 ROOT = Path(__file__).parents[2]

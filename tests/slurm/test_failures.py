@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.training.checkpoint import list_checkpoints, verify_checkpoint
+from pretrain.checkpoint.folder import list_checkpoints, verify_checkpoint
 from tests.slurm.conftest import Cluster, kill, losses
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.training.profiled_steps import traces
+from pretrain.training.monitor.profiled_steps import traces
 from tests.slurm.conftest import ROOT, Cluster, losses
 
 

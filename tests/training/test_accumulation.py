@@ -2,8 +2,8 @@
 
 import pytest
 
-from pretrain.config import RunConfig
-from pretrain.training.run_folder import open_run_folder
+from pretrain.config.run import RunConfig
+from pretrain.run.folder import open_run_folder
 from tests.ranks import run_on_ranks
 from tests.training.test_training import curve, train
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoint.folder import load_state
+from pretrain.checkpoint.logits import compare_logits, load_logits
 from pretrain.data.manifest import load_manifest
-from pretrain.training.checkpoint import load_state
-from pretrain.training.checkpoint_load import load_checkpoint
-from pretrain.training.checkpoint_logits import compare_logits, engine_logits, load_logits
-from pretrain.training.fragments import fragments
-from pretrain.training.metrics import read_metrics
-from pretrain.training.run_folder import open_run_folder
+from pretrain.run.folder import open_run_folder
+from pretrain.run.records import read_metrics
+from pretrain.training.load import load_checkpoint
+from pretrain.training.save import engine_logits
 from pretrain.training.trainer import Trainer
+from pretrain.training.zero.fragments import fragments
 from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 

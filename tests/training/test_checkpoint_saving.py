@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pretrain.data.stream import StreamState
+from pretrain.checkpoint.folder import list_checkpoints, load_weights, newest_valid_checkpoint, verify_checkpoint
+from pretrain.checkpoint.format import TrainingState, step_of
+from pretrain.data.stream.state import StreamState
 from pretrain.model.encoder import MaskedLanguageModel
-from pretrain.training import checkpoint_save
-from pretrain.training.checkpoint import list_checkpoints, load_weights, newest_valid_checkpoint, verify_checkpoint
-from pretrain.training.checkpoint_files import TrainingState, step_of
-from pretrain.training.checkpoint_save import CheckpointSaver
-from pretrain.training.engine import Engine
-from pretrain.training.fragments import fragments
+from pretrain.training import save as checkpoint_save
+from pretrain.training.save import CheckpointSaver
+from pretrain.training.zero.engine import Engine
+from pretrain.training.zero.fragments import fragments
 from tests.integration.test_whole_runs import diptych, losses, project, start, wait_for
 from tests.ranks import run_on_ranks
 

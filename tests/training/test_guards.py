@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from pretrain.config import TrainingConfig
+from pretrain.config.training import TrainingConfig
 from pretrain.training.guards import ENOUGH, Guard
-from pretrain.training.metrics import Straggler, slowest
+from pretrain.training.monitor.straggler import Straggler, slowest
 
 
 def guard_after(losses, **settings):

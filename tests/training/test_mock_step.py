@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from pretrain.config import load_config
+from pretrain.config.load import load_config
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
+from pretrain.run.folder import open_run_folder
 from pretrain.training import trainer as trainer_module
-from pretrain.training.engine import Engine
 from pretrain.training.mock_step import largest_batch, mock_step, out_of_memory
-from pretrain.training.run_folder import open_run_folder
+from pretrain.training.zero.engine import Engine
 from tests.ranks import run_on_ranks
 from tests.training.test_training import STAGES, curve, train
 

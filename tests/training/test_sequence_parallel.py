@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.config import ModelConfig, ParallelConfig
-from pretrain.data.loader import training_steps
-from pretrain.data.stream import StreamState
+from pretrain.checkpoint.folder import list_checkpoints, load_state
+from pretrain.config.model import ModelConfig
+from pretrain.config.parallel import ParallelConfig
+from pretrain.data.stream.loader import training_steps
+from pretrain.data.stream.state import StreamState
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
-from pretrain.status import read_status
-from pretrain.training.checkpoint import list_checkpoints, load_state
-from pretrain.training.metrics import read_metrics
-from pretrain.training.run_folder import open_run_folder
+from pretrain.run.folder import open_run_folder
+from pretrain.run.records import read_metrics
+from pretrain.run.status import read_status
 from pretrain.training.step import agree_on_step
 from tests.integration.test_whole_runs import diptych
 from tests.model.rows import layout_of

@@ -7,17 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pretrain.checkpoint.folder import list_checkpoints, load_state, load_weights
 from pretrain.errors import UserError
-from pretrain.status import read_status
-from pretrain.training.checkpoint import (
-    list_checkpoints,
-    load_state,
-    load_weights,
-)
-from pretrain.training.fragments import fragments
-from pretrain.training.metrics import read_metrics
-from pretrain.training.run_folder import open_run_folder
+from pretrain.run.folder import open_run_folder
+from pretrain.run.records import read_metrics
+from pretrain.run.status import read_status
 from pretrain.training.trainer import Trainer
+from pretrain.training.zero.fragments import fragments
 from tests.ranks import run_on_ranks
 
 STAGES = ("none", "optimizer", "gradients", "full")

@@ -1,0 +1,1 @@
+"""Many runs as one: sweeps and ladders, and what came out of them."""

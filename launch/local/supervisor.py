@@ -1,0 +1,156 @@
+"""Our own supervision of the ranks of one machine: start them, watch them, end them together.
+
+Each rank is a process group of its own, so the terminal's Ctrl-C reaches only the launcher, which forwards it as
+SIGTERM. A rank asks the kernel to kill it (SIGKILL) when the launcher dies: a rank without its supervisor could hang
+in a collective for ever, or write to the run folder beside the launch that follows; checkpoints survive a SIGKILL.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from launch.local.ranks import Rank
+from launch.terminal.display import Display
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT
+from pretrain.run.attempt import Attempt
+from pretrain.training.monitor.heartbeats import end_of
+
+POLL_S = 0.1
+
+
+FAILURE_GRACE_S = 4.0
+"""How long the other ranks may take to end when one has died: they are likely stuck in a collective with it."""
+
+
+SAVE_GRACE_S = 300.0
+"""How long the ranks may take to finish their step and save."""
+
+
+REPEAT_S = 0.5
+"""Two SIGINTs closer than this are one Ctrl-C, which a wrapper forwarded a second time."""
+
+
+TELLING = (EXIT_SUPERSEDED, EXIT_WRONG_INPUT)
+"""Exit codes of a rank that say why the launch ends, whatever the other ranks say."""
+
+
+class StopRequests:
+    """The signals that ask the launch to end: how many, and whether it is to be at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.at_once = False
+        self._first_at = 0.0
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler: only sets flags."""
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._first_at = True, now
+        elif number == signal.SIGINT and now - self._first_at > REPEAT_S:
+            self.at_once = True
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Take the signals that mean "end": SIGINT, SIGTERM, SIGUSR1, SIGUSR2, and SIGHUP unless under nohup."""
+    requests = StopRequests()
+    taken = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        taken.append(signal.SIGHUP)
+    before = {number: signal.signal(number, requests.receive) for number in taken}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Supervisor:
+    """Watches ranks until all have ended, and decides what their end means."""
+
+    def __init__(
+        self, ranks: Sequence[Rank], requests: StopRequests, display: Display, attempt: Attempt | None = None
+    ) -> None:
+        """`attempt` is the one that the ranks' watchdogs may end; None for ranks that have none."""
+        self._ranks, self._requests, self._display, self._attempt = ranks, requests, display, attempt
+        self._deadline = float("inf")
+        self._stopping = False
+        self._killed = False
+        self.failed: list[Rank] = []
+        """Ranks that ended in error by themselves, the first to be blamed first."""
+
+    def watch(self, refresh: Callable[[], None]) -> int:
+        """Return the launch's exit code when no rank is running any more; `refresh` is called between looks."""
+        while any(rank.exit_code is None for rank in self._ranks):
+            self._look_at_ranks()
+            self._look_at_requests()
+            if time.monotonic() > self._deadline:
+                self._kill()
+            refresh()
+            time.sleep(POLL_S)
+        return self._exit_code()
+
+    def _look_at_ranks(self) -> None:
+        ended = [rank for rank in self._ranks if rank.poll()]
+        if not ended:
+            return
+        expected = {EXIT_DONE, EXIT_RESUME_ME, *([-signal.SIGTERM] if self._stopping else [])}
+        wrong = [rank for rank in ended if rank.exit_code not in expected]
+        if wrong and not self.failed and not self._killed:
+            self.failed = sorted(wrong, key=lambda rank: (rank.exit_code not in TELLING, rank.exit_code or 0))
+            self._end_within(FAILURE_GRACE_S)
+            for rank in self._ranks:
+                rank.terminate()
+        elif any(rank.exit_code == -signal.SIGTERM for rank in ended):
+            # It ended before it could handle the signal, so there is nothing to save and the others wait in vain.
+            self._end_within(FAILURE_GRACE_S)
+        elif self._ended_by_watchdog():
+            # By the watchdog, because of a rank that will not end by itself.
+            self._end_within(FAILURE_GRACE_S)
+        else:
+            self._end_within(SAVE_GRACE_S)
+
+    def _look_at_requests(self) -> None:
+        if self._requests.at_once and not self._killed:
+            self._display.message("stopping at once; the steps since the last checkpoint are lost", "yellow")
+            self._kill()
+        elif self._requests.requested and not self._stopping:
+            self._stopping = True
+            self._display.message("finishing the step and saving; press Ctrl-C again to stop at once", "yellow")
+            self._end_within(SAVE_GRACE_S)
+            for rank in self._ranks:
+                rank.terminate()
+
+    def _end_within(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def _kill(self) -> None:
+        late = [rank for rank in self._ranks if rank.exit_code is None]
+        if late and not self.failed and not self._requests.at_once and not self._ended_early():
+            names = ", ".join(str(rank.number) for rank in late)
+            self._display.message(f"killed rank {names}: it did not end in time", "yellow")
+        self._killed = True
+        for rank in late:
+            rank.kill()
+
+    def _ended_early(self) -> bool:
+        return self._stopping and any(rank.exit_code == -signal.SIGTERM for rank in self._ranks)
+
+    def _ended_by_watchdog(self) -> bool:
+        return self._attempt is not None and end_of(self._attempt) is not None
+
+    def _exit_code(self) -> int:
+        codes = {rank.exit_code for rank in self._ranks}
+        if self.failed:
+            wrong_input = any(rank.exit_code == EXIT_WRONG_INPUT for rank in self.failed)
+            return EXIT_WRONG_INPUT if wrong_input else EXIT_FAILED
+        if codes == {EXIT_DONE}:
+            return EXIT_DONE
+        if self._ended_by_watchdog() and not self._requests.at_once:
+            return EXIT_RESUME_ME
+        if self._requests.at_once or (self._killed and not self._ended_early()):
+            return EXIT_FAILED
+        return EXIT_RESUME_ME

@@ -1,0 +1,97 @@
+"""A training on the ranks of this machine, from their start to what their end means for the run."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from launch.local.ranks import Rank, free_port, num_gpus, rank_command, rank_environment, start_rank
+from launch.local.supervisor import Supervisor, stop_requests
+from launch.terminal.display import Display
+from pretrain.config.run import RunConfig
+from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
+from pretrain.run.attempt import VARIABLE, Attempt, take_attempt
+from pretrain.run.status import LIVE_STATES, STATUS, read_status
+from pretrain.training.monitor.heartbeats import end_of
+
+
+class StatusFeed:
+    """Passes what rank 0 writes to status.json on to the display: each event once, nothing of an earlier attempt."""
+
+    def __init__(self, attempt: Attempt, display: Display) -> None:
+        self._attempt, self._display = attempt, display
+        self._modified_ns = 0
+        self._events = 0
+
+    def refresh(self) -> None:
+        """Show what is new since the last call."""
+        try:
+            modified_ns = (self._attempt.run_folder / STATUS).stat().st_mtime_ns
+        except OSError:
+            return
+        if modified_ns == self._modified_ns:
+            return
+        self._modified_ns = modified_ns
+        status = read_status(self._attempt.run_folder)
+        if status is None or status.attempt != self._attempt.number:
+            return
+        for event in status.events[max(self._events - status.events_before, 0) :]:
+            self._display.message(event)
+        self._events = max(self._events, status.events_before + len(status.events))
+        self._display.update(status)
+
+
+def launch_local(
+    config: RunConfig, num_ranks: int, display: Display, environment: Mapping[str, str] | None = None
+) -> int:
+    """Train on `num_ranks` processes of this machine; must be called from the main thread.
+
+    `environment` holds variables for the ranks, besides those of this process.
+
+    Returns:
+        0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
+        wrong; 1: anything else. No rank is left running in any case.
+    """
+    from pretrain.run.folder import CORPUS_URL
+
+    run_folder = config.run_folder
+    attempt = take_attempt(run_folder)
+    attempt.log(0).parent.mkdir(parents=True, exist_ok=True)
+    port, gpus = free_port(), num_gpus()
+    ranks: list[Rank] = []
+    with stop_requests() as requests, display:
+        feed = StatusFeed(attempt, display)
+        try:
+            for number in range(num_ranks):
+                variables = rank_environment(number, num_ranks, port, gpus, {**os.environ, **(environment or {})})
+                variables[VARIABLE] = str(attempt.number)
+                if config.corpus.url:
+                    variables[CORPUS_URL] = config.corpus.url
+                ranks.append(start_rank(rank_command(run_folder), variables, attempt.log(number)))
+            supervisor = Supervisor(ranks, requests, display, attempt)
+            exit_code = supervisor.watch(feed.refresh)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        feed.refresh()
+    for rank in supervisor.failed[:1]:
+        display.message(f"rank {rank.number} {rank.how_it_ended()}; its last lines:", "bold red")
+        for line in rank.log_tail():
+            display.message(f"  {line}")
+        display.message(f"the whole log: {rank.log}")
+    _close_status(attempt, exit_code, supervisor.failed)
+    if exit_code == EXIT_RESUME_ME:
+        status = read_status(run_folder)
+        where = f" from {status.checkpoint}" if status and status.checkpoint else ""
+        display.message(f"interrupted; run the same command again to resume{where}")
+    return exit_code
+
+
+def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> None:
+    """Where the ranks had no time to say that they end, say it for them."""
+    status = read_status(attempt.run_folder)
+    if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE or attempt.superseded_by():
+        return
+    status.state = "interrupted" if exit_code == EXIT_RESUME_ME or not failed else "failed"
+    status.message = end_of(attempt)
+    if failed:
+        status.message = f"rank {failed[0].number} {failed[0].how_it_ended()}"
+    status.write(attempt.run_folder)

@@ -1,0 +1,1 @@
+"""`diptych quickstart`: from the documents of this machine to a context report."""

@@ -1,0 +1,79 @@
+"""Runs that a job of the user's own script trains (slurm/*.sbatch): prepared inside the job, for what Slurm gave it.
+
+A job does here at its first start what `diptych submit` does on a login node; submitit is not needed. Later starts of
+the job find what the first one prepared.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.slurm.submission import find_submission, refuse_if_queued
+from launch.slurm.submit import find_manifest, prepare
+from launch.terminal.console import say
+from pretrain.config.run import RunConfig
+from pretrain.config.topology import check_topology
+from pretrain.errors import UserError
+from pretrain.training.monitor.profiled_steps import ProfiledSteps
+
+
+def job_id(environment: Mapping[str, str] = os.environ) -> str:
+    """The job at hand: 123, or 123_4 for a member of an array.
+
+    Raises:
+        UserError: this is no job.
+    """
+    job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID")
+    if job is None:
+        raise UserError("--in-job is for the script of a Slurm job, and this is none: sbatch slurm/train.sbatch CONFIG")
+    task = environment.get("SLURM_ARRAY_TASK_ID")
+    return job if task is None else f"{job}_{task}"
+
+
+def allocation_overrides(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """KEY=VALUE changes that make the section `cluster` say what the job at hand was given.
+
+    Raises:
+        UserError: this is no job.
+    """
+    job_id(environment)
+    given = {
+        "nodes": environment.get("SLURM_JOB_NUM_NODES", "1"),
+        "min_nodes": "null",
+        "gpus_per_node": environment.get("SLURM_GPUS_ON_NODE", "0"),
+        "tasks_per_node": environment.get("SLURM_NTASKS_PER_NODE", "null"),
+        "cpus_per_task": environment.get("SLURM_CPUS_PER_TASK", "null"),
+    }
+    return [f"cluster.{key}={value}" for key, value in given.items()]
+
+
+def prepare_run(
+    config: RunConfig,
+    console: Console,
+    allow_change: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+    profile: ProfiledSteps | None = None,
+) -> Path | None:
+    """The submission's folder for the job at hand, made at its first start; None if the run is trained already.
+
+    Raises:
+        UserError: the run would fail, or another job is at work on it.
+    """
+    job = job_id(environment)
+    if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(config.run_folder, job)):
+        return folder
+    from launch.profiling import is_complete, profiling
+
+    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
+    refuse_if_queued(config.run_folder)
+    manifest = find_manifest(config)
+    if is_complete(config):
+        say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
+        return None
+    variables = profiling(profile, config, manifest, console)
+    folder, submission = prepare(config, manifest, console, allow_change, variables)
+    submission.jobs["train"] = job
+    submission.write(folder)
+    return folder

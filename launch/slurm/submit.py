@@ -1,0 +1,151 @@
+"""`diptych submit`: from a config to a queued job, with everything refused that would fail there.
+
+The batch script's parameters are checked and written by submitit. Nothing of submitit runs on the nodes: its pickled
+functions, signal handlers and job states are what fails on real clusters (they know nothing of node failures, save on
+rank 0 alone, and need accounting). The job is bash (`jobs/train.sh`) around the same ranks as everywhere else.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.slurm.queries import cancel_job, check_cluster, check_script, submit_script
+from launch.slurm.scripts import evaluation_script, train_script
+from launch.slurm.submission import (
+    CANCELLED,
+    Submission,
+    new_submission,
+    node_counts,
+    refuse_if_queued,
+)
+from launch.terminal.console import say
+from pretrain.config.run import RunConfig
+from pretrain.config.topology import check_topology
+from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
+from pretrain.errors import UserError
+from pretrain.files import write_text
+from pretrain.training.monitor.profiled_steps import ProfiledSteps
+
+
+def submit(
+    config: RunConfig,
+    console: Console,
+    *,
+    evaluate: bool,
+    queue: bool = True,
+    allow_change: Sequence[str] = (),
+    profile: ProfiledSteps | None = None,
+) -> Path:
+    """Queue a training, or its continuation, and its evaluation; returns the submission's folder.
+
+    With `queue` False all is prepared, but nothing is queued: for sites whose jobs are submitted in another way. The
+    steps of `profile` are recorded.
+
+    Raises:
+        UserError: it would fail, be refused by Slurm, or is at work already.
+    """
+    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
+    if queue:
+        check_cluster(config.cluster)
+        refuse_if_queued(config.run_folder)
+    from launch.profiling import is_complete, profiling
+
+    manifest = find_manifest(config)
+    if queue:
+        check_script(train_script(config, config.run_folder, "TOKEN", name=config.name))
+        if evaluate:
+            check_script(evaluation_script(config, config.run_folder, "TOKEN", name=config.name))
+    if is_complete(config):
+        raise UserError(
+            f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
+            f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
+        )
+    variables = profiling(profile, config, manifest, console)
+    folder, submission = prepare(config, manifest, console, allow_change, variables)
+    scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
+    if evaluate:
+        scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
+    for name, script in scripts.items():
+        write_text(folder / f"{name}.sbatch", script)
+    if queue:
+        queue_scripts(folder, submission, scripts)
+        _say_what_is_queued(config, submission, console)
+    return folder
+
+
+def open_run(config: RunConfig, manifest: Manifest, console: Console, allow_change: Sequence[str] = ()) -> None:
+    """Make the run folder, or check the one that is there; the run's lock is free again for a job that starts at once.
+
+    Raises:
+        UserError: the run is at work, or its folder holds another run.
+    """
+    from pretrain.run.folder import open_run_folder
+    from pretrain.run.lock import run_lock
+
+    with run_lock(config.run_folder):
+        for line in open_run_folder(config, manifest, allow_change):
+            say(console, f"{config.name}: {line}")
+        (config.run_folder / CANCELLED).unlink(missing_ok=True)
+
+
+def prepare(
+    config: RunConfig,
+    manifest: Manifest,
+    console: Console,
+    allow_change: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> tuple[Path, Submission]:
+    """Open the run, and make a submission's folder with all that its jobs need.
+
+    Raises:
+        UserError: see `open_run`.
+    """
+    open_run(config, manifest, console, allow_change)
+    return new_submission(config.run_folder, config, variables=variables)
+
+
+def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str], after: str = "afterok") -> None:
+    """Queue a training and then, depending on it, its evaluation; all or nothing."""
+    try:
+        submission.jobs["train"] = submit_script(scripts["train"])
+        submission.write(folder)
+        if "evaluate" in scripts:
+            options = [f"--dependency={after}:{submission.jobs['train']}", "--kill-on-invalid-dep=yes"]
+            submission.jobs["evaluate"] = submit_script(scripts["evaluate"], options)
+            submission.write(folder)
+    except UserError:
+        if "train" in submission.jobs:
+            cancel_job(submission.jobs["train"])
+        raise
+
+
+def _say_what_is_queued(config: RunConfig, submission: Submission, console: Console) -> None:
+    cluster = config.cluster
+    ranks = cluster.nodes * cluster.ranks_per_node
+    fewer = f" (or {', '.join(map(str, node_counts(config)[1:]))})" if len(node_counts(config)) > 1 else ""
+    say(
+        console,
+        f"queued {config.name} as job {submission.jobs['train']}: {ranks} rank{'s' if ranks > 1 else ''} on "
+        f"{cluster.nodes}{fewer} node{'s' if cluster.nodes > 1 else ''}, in {config.run_folder}",
+    )
+    if "evaluate" in submission.jobs:
+        say(console, f"its evaluation follows as job {submission.jobs['evaluate']}")
+    say(console, f"watch it with `diptych runs` and `diptych logs {config.name} -f`")
+
+
+def find_manifest(config: RunConfig) -> Manifest:
+    """The corpus's manifest, which must be there before a job is queued.
+
+    Raises:
+        UserError: there is no corpus.
+    """
+    if not config.corpus.url and not (config.corpus.path / MANIFEST).is_file():
+        raise UserError(
+            f"there is no corpus at {config.corpus.path}; build it first, with `diptych data build CONFIG`, here or "
+            "in a job without GPUs: no GPU should wait for it"
+        )
+    from launch.corpus import ensure_corpus
+    from launch.terminal.console import make_console
+
+    return ensure_corpus(config.corpus, make_console()) if config.corpus.url else load_manifest(config.corpus.path)

@@ -1,0 +1,47 @@
+"""The section `evaluation`: what the context report measures."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pretrain.config.cluster import ClusterConfig as ClusterConfig
+from pretrain.config.data import CorpusConfig as CorpusConfig
+from pretrain.config.data import DataConfig as DataConfig
+from pretrain.config.data import FilterConfig as FilterConfig
+from pretrain.config.data import SourceConfig as SourceConfig
+from pretrain.config.data import SplitsConfig as SplitsConfig
+from pretrain.config.data import TokenizerConfig as TokenizerConfig
+from pretrain.config.model import LayerConfig as LayerConfig
+from pretrain.config.model import ModelConfig as ModelConfig
+from pretrain.config.parallel import ParallelConfig as ParallelConfig
+from pretrain.config.section import AbsolutePath as AbsolutePath
+from pretrain.config.section import Count, Section
+from pretrain.config.training import CheckpointConfig as CheckpointConfig
+from pretrain.config.training import OptimizerConfig as OptimizerConfig
+from pretrain.config.training import ScheduleConfig as ScheduleConfig
+from pretrain.config.training import SupervisionConfig as SupervisionConfig
+from pretrain.config.training import TrainingConfig as TrainingConfig
+
+
+class EvaluationConfig(Section):
+    """The context-extension report. `diptych evaluate context --full` takes several times as much of everything."""
+
+    lengths: list[Annotated[float, Field(gt=0)]] = Field(default=[0.5, 1, 2, 4, 8, 16])
+    """Context lengths, as multiples of `data.sequence_length`; 1 is always among them. Those that the corpus has no
+    documents for are left out."""
+    windows: Count = 128
+    """Target windows to score; each is scored at every length."""
+    reading_windows: Count = 16
+    """Of them, those on which ways to read long rows (position interpolation, YaRN, ...) are compared."""
+    task_samples: Count = 1
+    """Rows for each distance, depth and side of the synthetic tasks."""
+    attention_windows: Count = 2
+    """Windows whose attention is looked at."""
+    pseudo_targets: Count = 32
+    """Targets that are also predicted with nothing else masked."""
+    context_threshold: Annotated[float, Field(gt=0)] = 0.5
+    """A target needs context if its loss falls by more than so many nats from the shortest length to 1x."""
+    split: Literal["valid", "test"] = "test"
+    """Which documents the windows come from."""
+    tokens_per_batch: Count = 16_384
+    """Positions put through the model at once."""

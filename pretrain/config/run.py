@@ -1,0 +1,135 @@
+"""`RunConfig`: all sections of a run together, and its phases."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pretrain.config.cluster import ClusterConfig as ClusterConfig
+from pretrain.config.data import CorpusConfig as CorpusConfig
+from pretrain.config.data import DataConfig as DataConfig
+from pretrain.config.data import FilterConfig as FilterConfig
+from pretrain.config.data import SourceConfig as SourceConfig
+from pretrain.config.data import SplitsConfig as SplitsConfig
+from pretrain.config.data import TokenizerConfig as TokenizerConfig
+from pretrain.config.evaluation import EvaluationConfig
+from pretrain.config.model import LayerConfig as LayerConfig
+from pretrain.config.model import ModelConfig as ModelConfig
+from pretrain.config.parallel import ParallelConfig as ParallelConfig
+from pretrain.config.section import AbsolutePath as AbsolutePath
+from pretrain.config.section import Count, Section
+from pretrain.config.training import CheckpointConfig as CheckpointConfig
+from pretrain.config.training import OptimizerConfig as OptimizerConfig
+from pretrain.config.training import ScheduleConfig as ScheduleConfig
+from pretrain.config.training import SupervisionConfig as SupervisionConfig
+from pretrain.config.training import TrainingConfig as TrainingConfig
+
+
+class PhaseConfig(Section):
+    """A part of the run with settings of its own; what it does not give stays as the run has it."""
+
+    from_tokens: Annotated[int, Field(ge=1)]
+    """The phase begins with the first step after this many tokens (padding not counted)."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    """Positions per row."""
+    batch_size: Count | None = None
+    """Rows per optimizer step."""
+    micro_batch_size: Count | None = None
+    """Largest number of rows that one rank puts through the model at once."""
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the tokens that are to be predicted, constant during the phase."""
+    rotary_theta: Annotated[float, Field(gt=1)] | None = None
+    """Base of the rotary frequencies."""
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """As `data.source_weights`, for shards that are begun in the phase."""
+
+
+GroupName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
+"""Of settings on an axis of a sweep; a bare number in YAML is a name too."""
+
+
+class RunConfig(Section):
+    """A complete run: corpus, model, training, evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Names the run folder; by default the name of the config file."""
+    runs: AbsolutePath = Path("runs")
+    """Folder of run folders."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the initial weights, the order of rows and every mask."""
+    corpus: CorpusConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    sweep: dict[str, list[Any] | dict[GroupName, dict[str, Any]]] = Field(default={})
+    """The axes of `diptych sweep`, ignored elsewhere: a key and its values, or a name and named groups of settings."""
+    phases: list[PhaseConfig] = Field(default=[])
+    """A curriculum, for instance long rows at the end: each phase changes some settings from a number of tokens on."""
+
+    def phase_at(self, tokens_seen: int) -> int:
+        """Number of the phase of the step after `tokens_seen`: 0 before the first of `phases`."""
+        return sum(phase.from_tokens <= tokens_seen for phase in self.phases)
+
+    def in_phase(self, phase: int) -> "RunConfig":
+        """The run's settings in a phase; a setting stays until a later phase changes it."""
+        given: dict[str, Any] = {}
+        for entry in self.phases[:phase]:
+            given |= entry.model_dump(exclude_none=True, exclude={"from_tokens"})
+
+        def section(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
+            return config.model_dump() | {key: given[key] for key in keys if key in given}
+
+        data = section(self.data, ("sequence_length", "mask_rate", "source_weights"))
+        if "mask_rate" in given:
+            data["final_mask_rate"] = None
+        training = section(self.training, ("batch_size", "micro_batch_size"))
+        return self.model_copy(
+            update={
+                "data": DataConfig.model_validate(data),
+                "training": TrainingConfig.model_validate(training),
+                "model": ModelConfig.model_validate(section(self.model, ("rotary_theta",))),
+            }
+        )
+
+    @property
+    def run_folder(self) -> Path:
+        """Where everything that this run writes lies."""
+        return self.runs / self.name
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "RunConfig":
+        if self.model.positions == "learned" and self.data.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"data.sequence_length = {self.data.sequence_length} is beyond model.max_positions = "
+                f"{self.model.max_positions}; raise the latter or use rotary positions"
+            )
+        begins = [phase.from_tokens for phase in self.phases]
+        if begins != sorted(set(begins)):
+            raise ValueError(f"phases must begin one after another, but their from_tokens are {begins}")
+        for phase in range(1, len(self.phases) + 1):
+            self._check_phase(self.in_phase(phase), phase)
+        lengths = (phase.sequence_length for phase in self.phases if phase.sequence_length)
+        self.parallel.check(self.model.num_heads, (self.data.sequence_length, *lengths))
+        if self.training.offload != "none" and self.optimizer.kind == "muon":
+            raise ValueError(
+                f"training.offload is {self.training.offload}, but optimizer.kind is muon, whose matrix products are "
+                "too much for the host; use adamw, or training.offload=none with more sharding"
+            )
+        if self.corpus.sources and self.corpus.min_train_shards < self.data.streams:
+            raise ValueError(
+                f"data.streams = {self.data.streams} need a shard each, but corpus.min_train_shards = "
+                f"{self.corpus.min_train_shards}; lower the one or raise the other"
+            )
+        return self
+
+    def _check_phase(self, config: "RunConfig", phase: int) -> None:
+        longest = config.data.sequence_length
+        if config.model.positions == "learned" and longest > config.model.max_positions:
+            raise ValueError(f"phase {phase}: sequence_length = {longest} is beyond model.max_positions")

@@ -1,0 +1,1 @@
+"""Documents -> tokenizer, splits, shards and manifest."""

@@ -1,0 +1,1 @@
+"""Shards: written, verified, fetched and read."""

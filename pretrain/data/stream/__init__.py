@@ -1,0 +1,1 @@
+"""Shards -> the resumable stream of rows -> batches."""

@@ -1,0 +1,263 @@
+"""The order of rows: (seed, position) -> row, the same on any number of ranks and with any number of workers.
+
+Global row g belongs to stream g mod S. A stream visits shards one after another, without end: the shards of epoch e
+are a permutation that depends on (seed, e); these permutations, one after another, are dealt to the S streams like
+cards. So every shard is visited equally often, however many there are, and no rank can run out of rows. In a visit
+all chunks of all documents of the shard are taken once, in an order that depends on (seed, visit).
+
+Where a stream stands is two integers, its visit and its row in that visit; resuming opens the shards at hand. Where a
+phase with other rows begins inside a visit, what is left of the visit is planned anew, so a visit has a row count for
+each phase of the run so far.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data.counter_random import permutation
+from pretrain.data.manifest import Manifest, ShardEntry, Split
+from pretrain.data.shards.access import ShardAccess
+from pretrain.data.shards.shard import DamagedShardError, Shard
+from pretrain.data.stream.packing import PackingRule, RowPlan, plan_rows, remaining_spans, repeats_of, whole_documents
+from pretrain.data.stream.rows import Ints, Rows, Visit, read_rows
+from pretrain.data.stream.state import StreamState
+from pretrain.errors import UserError
+from pretrain.files import sha256_of
+
+log = logging.getLogger(__name__)
+
+
+_SHARDS, _ROWS, _WEIGHTS = 1, 2, 10
+"""First part of a key, so that choices of these kinds are independent (others have the numbers between)."""
+
+
+class RowSource:
+    """The shards of one split, as visits: which shard comes when, cut and packed into which rows.
+
+    `rules` are those of the run's phases, up to the one at hand.
+    """
+
+    def __init__(
+        self,
+        corpus: Path,
+        manifest: Manifest,
+        split: Split,
+        seed: int,
+        rules: Sequence[PackingRule],
+        shards: ShardAccess | None = None,
+    ) -> None:
+        self._corpus, self._dtype = corpus, manifest.token_dtype
+        self._entries = manifest.splits[split].shards
+        self._seed, self._rules, self._shards = seed, rules, shards or ShardAccess()
+        if not self._entries:
+            raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
+        self._orders: dict[int, Ints] = {}
+        """Of the epochs in which the streams are, by number."""
+        self.left_out: frozenset[int] = frozenset()
+        """Visits by number whose shard is damaged somewhere else, and so has no rows here either."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the split."""
+        return len(self._entries)
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions per row, in the phase at hand."""
+        return self._rules[-1].sequence_length
+
+    def entry(self, dealt: int) -> ShardEntry:
+        """The shard of visit number `dealt` (over all streams)."""
+        return self._entries[self._number(dealt)]
+
+    def _number(self, dealt: int) -> int:
+        epoch, card = divmod(dealt, len(self._entries))
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e > epoch - 3}
+            self._orders[epoch] = permutation(len(self._entries), self._seed, _SHARDS, epoch)
+        return int(self._orders[epoch][card])
+
+    def open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan]:
+        """The shard of visit number `dealt`, verified, and its rows in order, in the phase at hand.
+
+        `rows` were taken in this visit in each phase so far; by default the visit has just begun.
+
+        Raises:
+            DamagedShardError: under `on_corrupt: error`, the shard is not what the manifest says.
+        """
+        shard = self._shards.open(self._corpus, self.entry(dealt), self._dtype)
+        return shard, self._plan(shard.lengths, shard.sources, dealt, rows or [0] * len(self._rules))
+
+    def try_open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan] | None:
+        """The same; None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
+        if dealt in self.left_out:
+            return None
+        try:
+            return self.open(dealt, rows)
+        except DamagedShardError as error:
+            if self._shards.on_corrupt == "error":
+                raise
+            log.warning("%d samples skipped: %s", self.entry(dealt).samples, error)
+            return None
+
+    def fetch_ahead(self, dealt: int) -> None:
+        """A visit will come soon."""
+        self._shards.fetch_ahead(self._corpus, self.entry(dealt))
+
+    def samples_after(self, dealt: int, rows: Sequence[int]) -> int:
+        """Samples of a damaged shard that are not, or not wholly, in the rows that were taken of a visit.
+
+        Where the index is lost too, all of them.
+        """
+        entry = self.entry(dealt)
+        path = self._corpus / entry.index_path
+        if not any(rows) or not path.is_file() or sha256_of(path) != entry.index_sha256:
+            return entry.samples
+        index = np.load(path, allow_pickle=False)
+        sources = index[:, 2] if index.shape[1] > 2 else np.zeros(len(index), dtype=np.int64)
+        plan = self._plan(index[:, 1], sources, dealt, rows)
+        return len(np.unique(plan.samples[plan.bounds[rows[-1]] :]))
+
+    def _plan(
+        self,
+        lengths: npt.NDArray[np.int64],
+        sources: npt.NDArray[np.int64],
+        dealt: int,
+        rows: Sequence[int],
+    ) -> RowPlan:
+        """The rows of a visit: what earlier phases left of it, by the rule of the phase at hand."""
+        begun = next((phase for phase, taken in enumerate(rows) if taken), len(rows) - 1)
+        repeats, weights = None, self._rules[begun].source_weights
+        if weights:
+            key = (self._seed, _WEIGHTS, self._number(dealt))
+            repeats = repeats_of(np.array(weights)[sources], dealt // len(self._entries), *key)
+        spans = whole_documents(lengths, repeats)
+        for phase in range(begun, len(rows) - 1):
+            if rows[phase]:
+                earlier = plan_rows(spans, self._rules[phase], self._seed, _ROWS, dealt, phase)
+                spans = remaining_spans(earlier, rows[phase])
+        return plan_rows(spans, self._rules[-1], self._seed, _ROWS, dealt, len(rows) - 1)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Rows that a reader went past, by where they stand; every field is int64 [rows]."""
+
+    numbers: Ints
+    """Global row numbers."""
+    visits: Ints
+    """Numbers of the visits, over all streams."""
+    rows: Ints
+    """Numbers of the rows in their visits."""
+
+    def __getitem__(self, chosen: npt.NDArray[np.bool_]) -> "Taken":
+        """Some of them."""
+        return Taken(self.numbers[chosen], self.visits[chosen], self.rows[chosen])
+
+
+class StreamReader:
+    """The rows of those streams that one rank reads: s = rank mod world size.
+
+    `take` moves on and reads no token; `read` gives what was taken. So the workers that share a rank's streams all go
+    the same way, each reads its part, and many rows are read at once.
+    """
+
+    def __init__(self, source: RowSource, state: StreamState, rank: int = 0, world_size: int = 1) -> None:
+        assert len(state.visits) % world_size == 0, "the config check lets only divisors of the streams through"
+        self.state = state
+        """After the last row that was taken. Entries of other ranks' streams are theirs to report."""
+        self._source, self._rank, self._world_size = source, rank, world_size
+        self._streams = len(state.visits)
+        self._sizes = np.zeros(self._streams, dtype=np.int64)
+        """Rows of the visit at hand; 0 where it is not open yet."""
+        self._open: dict[int, Visit] = {}
+        """By number: the visits at hand, and those of which rows were taken since the last `read`."""
+
+    def take(self, count: int) -> Taken:
+        """Move on by `count` global rows; gives those of this rank."""
+        return self.take_steps(count, 1)[0]
+
+    def take_steps(self, count: int, steps: int) -> tuple[Taken, list[StreamState]]:
+        """Move on by `steps` times `count` global rows; gives those of this rank, and the state after each step."""
+        first, own = self.state.position, np.arange(self._rank, self._streams, self._world_size)
+        ends = first + count * np.arange(1, steps + 1)
+        # Row n of stream s is global row s + n S, so the stream has (g - s - 1) // S + 1 rows below g.
+        before = (first - own - 1) // self._streams + 1
+        depths = (ends[:, None] - own - 1) // self._streams + 1 - before
+        table = self._deal(own, depths[-1])
+        numbers = np.arange(first + (self._rank - first) % self._world_size, ends[-1], self._world_size)
+        at = numbers % self._streams // self._world_size
+        visits, rows, _ = table[:, at, numbers // self._streams - before[at] + 1]
+        states = self._states(own, table[:, np.arange(len(own)), depths], count)
+        self.state = states[-1]
+        return Taken(numbers, visits * self._streams + own[at], rows - 1), states
+
+    def _states(self, own: Ints, after: Ints, count: int) -> list[StreamState]:
+        """The state after each step of `count` rows, of where the own streams stand then: int64 [3, steps, own]."""
+        old, steps = self.state, after.shape[1]
+        visits, rows, lost = (np.repeat(part[None], steps, axis=0) for part in (old.visits, old.rows, old.lost))
+        visits[:, own], rows[:, own, -1], lost[:, own] = after
+        rows[visits != old.visits, :-1] = 0  # Rows of earlier phases are of the visit that was begun in them.
+        length = self._source.sequence_length
+        return [
+            StreamState(old.position + n * count, old.positions + n * count * length, *of_step)
+            for n, of_step in enumerate(zip(visits, rows, lost, strict=True), start=1)
+        ]
+
+    def _deal(self, own: Ints, wanted: Ints) -> Ints:
+        """Where streams stand after n = 0, 1, ... `wanted` of their next rows, int64 [3, own, n]: visit, row, lost."""
+        state = self.state
+        table = np.empty((3, len(own), wanted.max() + 1), dtype=np.int64)
+        table[0], table[2] = state.visits[own, None], state.lost[own, None]
+        table[1] = state.rows[own, -1, None] + np.arange(table.shape[2])
+        ends_first = (table[1, :, 0] + wanted > self._sizes[own]) & (wanted > 0)
+        for place in np.flatnonzero(ends_first).tolist():
+            self._deal_across_visits(int(own[place]), table[:, place, : wanted[place] + 1])
+        return table
+
+    def _deal_across_visits(self, stream: int, table: Ints) -> None:
+        """The same for one stream, int64 [3, n], where the visit at hand is not open or ends before the last row.
+
+        A damaged shard has no rows, on every rank and worker that opens it, now or after a resume: so its stream goes
+        on with the next, and no rank waits for another.
+        """
+        number, lost = int(table[0, 0]), int(table[2, 0])
+        rows, done, wanted, without = self.state.rows[stream].tolist(), 0, table.shape[1] - 1, 0
+        while done < wanted:
+            visit = self._visit(number * self._streams + stream, rows)
+            if visit is not None and rows[-1] < visit.num_rows:
+                self._sizes[stream] = visit.num_rows
+                last = min(wanted, done + visit.num_rows - rows[-1])
+                table[:, done + 1 : last + 1] = [[number], [0], [lost]]
+                table[1, done + 1 : last + 1] = np.arange(rows[-1], rows[-1] + last - done) + 1
+                rows[-1], done, without = rows[-1] + last - done, last, 0
+                continue
+            lost += self._source.samples_after(number * self._streams + stream, rows) if visit is None else 0
+            number, rows, without = number + 1, [0] * len(rows), without + 1
+            if without == 2 * self._source.num_shards:
+                raise UserError("none of the shards that are left has a row to give; run `diptych data verify`")
+
+    def _visit(self, number: int, rows: Sequence[int]) -> Visit | None:
+        """A visit by its number over all streams, of which some rows were taken; None if its shard is damaged."""
+        if number not in self._open:
+            opened = self._source.try_open(number, rows)
+            if opened is None:
+                return None
+            self._source.fetch_ahead(number + self._streams)
+            self._open[number] = Visit(*opened)
+        return self._open[number]
+
+    def read(self, taken: Taken, rows: Rows) -> None:
+        """Fill `rows` with rows that were taken since the last `read`, in their order."""
+        order = np.argsort(taken.visits, kind="stable")  # Rows of one visit were taken in their order.
+        visits, numbers = taken.visits[order], taken.rows[order]
+        bounds = [0, *(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]
+        parts = [(self._open[int(visits[a])], numbers[a:b], order[a:b]) for a, b in pairwise(bounds)]
+        read_rows(parts, rows)
+        at_hand = set((self.state.visits * self._streams + np.arange(self._streams)).tolist())
+        self._open = {number: visit for number, visit in self._open.items() if number in at_hand}

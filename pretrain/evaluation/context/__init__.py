@@ -1,0 +1,1 @@
+"""Context extension: what is measured, on which windows, and what it says."""

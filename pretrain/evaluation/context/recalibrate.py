@@ -1,0 +1,111 @@
+"""A short training on long rows, from a checkpoint on: what some more tokens make of an encoder that reads long rows.
+
+It is a run of its own inside the evaluation's folder, made by the trainer as any other: the original run with one more
+phase. It begins with the checkpoint's weights, moments and place in the stream, and its learning rate falls over it.
+"""
+
+import shutil
+from pathlib import Path
+
+from pretrain.checkpoint.folder import load_state
+from pretrain.checkpoint.format import checkpoint_name
+from pretrain.config.load import load_config
+from pretrain.config.parallel import ParallelConfig
+from pretrain.config.run import PhaseConfig, RunConfig
+from pretrain.config.training import ScheduleConfig
+from pretrain.errors import UserError
+from pretrain.evaluation.context.plan import Plan
+from pretrain.evaluation.context.results import Evaluation
+from pretrain.evaluation.context.session import Session
+from pretrain.evaluation.context.statistics import DocumentBootstrap
+from pretrain.evaluation.report.schema import ReadingResult, RecalibrationResult
+
+
+def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
+    """The run that goes on from a plan's checkpoint for `tokens` more, with rows of the longest measured length.
+
+    The batch keeps its number of tokens, as far as the ranks allow. The learning rate falls linearly from the peak over
+    the recalibration.
+
+    Raises:
+        UserError: learned positions do not reach so far.
+    """
+    multiple = plan.multiples[-1]
+    config = load_config(str(plan.run_folder / "config.yaml"))
+    seen = load_state(plan.run_folder / "checkpoints" / checkpoint_name(plan.step)).tokens_seen
+    now, length = config.in_phase(config.phase_at(seen)), plan.length(multiple)
+    if config.model.positions == "learned" and length > config.model.max_positions:
+        raise UserError(
+            f"--recalibrate at {length} tokens is beyond the {config.model.max_positions} learned positions"
+        )
+    factor = max(1, round(multiple))
+    rows = max(1, now.training.batch_size // factor // num_ranks) * num_ranks
+    phase = PhaseConfig(
+        from_tokens=seen,
+        sequence_length=length,
+        batch_size=rows,
+        micro_batch_size=max(1, now.training.micro_batch_size // factor),
+    )
+    total = seen + tokens
+    sharding = "full" if config.training.sharding == "hybrid" else config.training.sharding
+    return config.model_copy(
+        update={
+            "name": f"recalibrated-{multiple:g}x-{tokens}-from-{plan.step}",
+            "runs": plan.run_folder / "evaluation",
+            "phases": [*(p for p in config.phases if p.from_tokens < seen), phase],
+            "training": config.training.model_copy(update={"tokens": total, "sharding": sharding}),
+            "parallel": ParallelConfig(),
+            "schedule": ScheduleConfig(warmup=0, decay=tokens / total, final=config.schedule.final),
+        }
+    )
+
+
+def begin(plan: Plan, config: RunConfig) -> None:
+    """Give the new run's folder the checkpoint to go on from; nothing to do where it has gone on already."""
+    target = config.run_folder / "checkpoints" / checkpoint_name(plan.step)
+    if target.parent.is_dir():
+        return
+    temporary = config.run_folder / ".checkpoints.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(plan.run_folder / "checkpoints" / target.name, temporary / target.name)
+    temporary.rename(target.parent)
+
+
+def plan_of(plan: Plan, config: RunConfig, step: int, checkpoint_sha256: str) -> Plan:
+    """The same windows, scored by the recalibrated encoder."""
+    changes = {"run_folder": config.run_folder, "step": step, "checkpoint_sha256": checkpoint_sha256}
+    only_curve = {"readings": [], "ablations": [], "tasks": [], "attention_windows": 0, "pseudo_targets": 0}
+    return plan.model_copy(update={**changes, **only_curve})
+
+
+def recalibration_result(
+    before: Evaluation, session: Session, folder: Path, tokens: int, seconds: float | None
+) -> RecalibrationResult:
+    """Gain over the crop of the encoder as it was, and what the recalibration costs at the training length."""
+    after, results = Evaluation(session, folder), []
+    control = before.plain(1.0).losses
+    bootstrap = DocumentBootstrap(before.documents, before.plan.seed)
+    regression = bootstrap.mean(after.plain(1.0).losses - control)
+    for multiple in after.multiples:
+        losses = after.plain(multiple).losses
+        loss, gain = bootstrap.mean(losses), bootstrap.mean(control - losses)
+        results.append(
+            ReadingResult(
+                reading="recalibrated",
+                multiple=multiple,
+                factor=1.0,
+                loss=loss.value,
+                loss_interval=loss.interval,
+                gain=gain.value,
+                gain_interval=gain.interval,
+                regression=regression.value,
+                regression_interval=regression.interval,
+            )
+        )
+    return RecalibrationResult(
+        tokens=tokens,
+        length=session.config.data.sequence_length,
+        seconds=seconds,
+        run_folder=str(session.plan.run_folder),
+        results=results,
+    )

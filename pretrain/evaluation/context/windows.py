@@ -1,0 +1,152 @@
+"""Target blocks and the nested windows around them: the same masked tokens, seen from windows of every length.
+
+A block is as long as a row of the training. It lies at a random place of a document that is long enough for the longest
+window; the windows around it are nested and masked alike. Windows shorter than a block tile it, so that at every length
+exactly the masked tokens of the block are scored. No model in here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.batch import IGNORED
+from pretrain.config.run import RunConfig
+from pretrain.data.counter_random import bits, permutation, uniform
+from pretrain.data.manifest import Manifest
+from pretrain.data.shards.access import ShardAccess
+from pretrain.data.stream.masking import MaskingRule, mask_rows
+from pretrain.data.tokenizer import BOS, EOS, MASK
+from pretrain.errors import UserError
+
+Ids = npt.NDArray[np.int64]
+
+
+_BLOCKS, _OFFSETS, _MASKS = 6, 7, 8
+"""First parts of the keys of this file's random numbers."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A target block inside its longest window."""
+
+    document: int
+    """Number of the document among those of the split that are at least a row long."""
+    document_length: int
+    """In tokens, begin and end symbols included."""
+    ids: Ids
+    """int64 [longest], before masking."""
+    key: int
+    """Decides the masks."""
+    offset: int
+    """Where the block begins in `ids`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the model is given for some windows at one length."""
+
+    inputs: Ids
+    """int64 [rows, length], masked."""
+    targets: Ids
+    """int64 [rows, length]: the id to predict at the masked positions of the blocks, IGNORED elsewhere."""
+
+    @property
+    def positions(self) -> Ids:
+        """Column of every target, in the order of the losses."""
+        return np.nonzero(self.targets != IGNORED)[1]
+
+
+def window_length(multiple: float, training_length: int) -> int:
+    """Positions of a window of `multiple` training lengths.
+
+    Raises:
+        UserError: it is not a whole number of positions, or shorter than a block and no whole part of it.
+    """
+    length = round(multiple * training_length)
+    if length < 1 or abs(length - multiple * training_length) > 1e-6:
+        raise UserError(f"a window of {multiple:g}x is not a whole number of tokens at length {training_length}")
+    if length < training_length and training_length % length:
+        raise UserError(
+            f"windows of {multiple:g}x do not tile a row of {training_length}; below 1x use a half, a quarter, ..."
+        )
+    return length
+
+
+def read_documents(config: RunConfig, manifest: Manifest) -> list[Ids]:
+    """The documents of the evaluation's split that are at least a row long, with begin and end symbols."""
+    documents = []
+    access = ShardAccess.of_run(config, manifest)
+    for entry in manifest.splits[config.evaluation.split].shards:
+        shard = access.open(config.corpus.path, entry, manifest.token_dtype)
+        for sample in np.flatnonzero(shard.lengths + 2 >= config.data.sequence_length):
+            ids = shard.tokens(int(sample), 0, int(shard.lengths[sample])).astype(np.int64)
+            documents.append(np.concatenate(([BOS], ids, [EOS])))
+    return documents
+
+
+def draw_windows(documents: Sequence[Ids], block: int, longest: int, count: int, seed: int) -> list[Window]:
+    """Draw target blocks at random among all there are, each at a random place in its longest window.
+
+    Args:
+        documents: of `read_documents`.
+        block: positions of a block.
+        longest: positions of the longest window, at least `block`.
+        count: how many blocks at most. Fewer are the first of more: results of the first ones stay what they are.
+        seed: decides all of it.
+    """
+    blocks = [
+        (number, start)
+        for number, ids in enumerate(documents)
+        if len(ids) >= longest
+        for start in range(0, len(ids) - block + 1, block)
+    ]
+    windows = []
+    for key in permutation(len(blocks), seed, _BLOCKS)[:count].tolist():
+        number, start = blocks[key]
+        ids = documents[number]
+        lowest, highest = max(0, start + block - longest), min(start, len(ids) - longest)
+        begin = lowest + int(uniform(seed, _OFFSETS, key)[0] * (highest - lowest + 1))
+        windows.append(Window(number, len(ids), ids[begin : begin + longest], key, start - begin))
+    return windows
+
+
+def make_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingRule, seed: int) -> Rows:
+    """The rows of `length` positions for some windows; row-major, their targets are in the same order at any length."""
+    offsets = np.array([window.offset for window in windows])
+    longest = len(windows[0].ids)
+    keys = bits(seed, _MASKS, np.array([window.key for window in windows]))
+    inputs, labels = mask_rows(np.stack([window.ids for window in windows]), keys, rule)
+    if length < block:
+        columns = (offsets[:, None] + np.arange(block)).reshape(len(windows), -1)
+    else:
+        columns = _nested_starts(offsets, length, block, longest)[:, None] + np.arange(length)
+    in_block = (columns >= offsets[:, None]) & (columns < offsets[:, None] + block)
+    targets = np.where(in_block, np.take_along_axis(labels, columns, 1), IGNORED)
+    seen = np.take_along_axis(inputs, columns, 1)
+    return Rows(seen.reshape(-1, length), targets.reshape(-1, length))
+
+
+def _nested_starts(offsets: Ids, length: int, block: int, longest: int) -> Ids:
+    """Where windows of `length` begin in the longest ones: the block keeps its relative place in the room around it."""
+    share = (length - block) / max(longest - block, 1)
+    return offsets - np.round(offsets * share).astype(np.int64)
+
+
+def single_mask_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingRule, seed: int) -> Rows:
+    """As `make_rows` for windows of at least a block, but of each window's targets only the middle one is masked."""
+    rows = make_rows(windows, length, block, rule, seed)
+    offsets = np.array([window.offset for window in windows])
+    columns = _nested_starts(offsets, length, block, len(windows[0].ids))[:, None] + np.arange(length)
+    inputs = np.take_along_axis(np.stack([window.ids for window in windows]), columns, 1)
+    kept = middle_targets(rows)
+    targets = np.where(kept, rows.targets, IGNORED)
+    return Rows(np.where(kept, MASK, inputs), targets)
+
+
+def middle_targets(rows: Rows) -> npt.NDArray[np.bool_]:
+    """bool [rows, length]: the middle one of each row's targets."""
+    is_target = rows.targets != IGNORED
+    number = is_target.cumsum(axis=1)
+    return is_target & (number == (number[:, -1:] + 1) // 2)

@@ -1,0 +1,1 @@
+"""Synthetic probes: small encoders trained from scratch on a task."""

@@ -1,0 +1,1 @@
+"""The context report: its schema, and how it is shown."""

@@ -1,0 +1,1 @@
+"""The run folder: every path and every file of a run, and who may write to it."""

@@ -1,0 +1,117 @@
+"""Our config -> DeepSpeed's dict: each setting decoded once. A user never writes a DeepSpeed config."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain.config.run import RunConfig
+
+ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3, "hybrid": 3}
+
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What matrices are made orthogonal in, by the precision of the run."""
+
+
+def resolve_precision(config: RunConfig) -> str:
+    """`fp32` or `bf16`: what `auto` means on this machine."""
+    if config.training.precision != "auto":
+        return config.training.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+    return "bf16" if native else "fp32"
+
+
+def checkpoint_every(config: RunConfig) -> int:
+    """Every how many blocks one is computed again in the backward pass; 0 for none."""
+    choice = config.training.activation_checkpointing
+    return {"none": 0, "full": 1}[choice] if isinstance(choice, str) else choice
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether the blocks are compiled: what `auto` means on this device."""
+    choice = config.training.compile
+    return device.type == "cuda" if choice == "auto" else choice == "on"
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank and step."""
+    _, readers = config.parallel.reader(0, world_size)
+    return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
+
+
+def ranks_per_node(world_size: int) -> int:
+    """That share a node with this one, as the launcher says; without a launcher, all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def deepspeed_config(config: RunConfig, world_size: int, precision: str, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dict, derived from ours.
+
+    Batch sizes in it only tell DeepSpeed how many micro-batches a step has: it never sees the rows. Unsharded runs
+    are clipped by `Engine.step` itself, and compute in bf16 by autocast over fp32 weights, as plain data-parallel
+    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights. Buckets are sized by the number of
+    parameters.
+    """
+    micro_batches = accumulation_steps(config, world_size)
+    stage = ZERO_STAGE[config.training.sharding]
+    buckets = Buckets.of(parameters)
+    return {
+        "train_batch_size": micro_batches * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": buckets.reduced,
+            "allgather_bucket_size": buckets.reduced,
+            "stage3_prefetch_bucket_size": buckets.prefetched,
+            "stage3_max_live_parameters": buckets.live,
+            "stage3_max_reuse_distance": buckets.live,
+            "zero_hpz_partition_size": ranks_per_node(world_size) if config.training.sharding == "hybrid" else 1,
+            "stage3_param_persistence_threshold": buckets.persistent,
+            "overlap_comm": {"auto": stage == 3, "on": True, "off": False}[config.training.overlap_communication],
+            # For DeepSpeed `nvme` is the host too: `Engine` itself puts tensors into files.
+            "offload_optimizer": {
+                "device": "none" if config.training.offload == "none" else "cpu",
+                "pin_memory": torch.cuda.is_available(),
+            },
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32" if config.training.reduce_dtype == "fp32" else None,
+        "bf16": {"enabled": precision == "bf16" and stage > 0, "check_grad_overflow": True},
+        "gradient_clipping": config.optimizer.clip_grad_norm if stage > 0 else 0.0,
+        "steps_per_print": 2**31,
+    }
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Elements that ZeRO reduces or gathers at once: parts of the model, up to what serves the largest models.
+
+    DeepSpeed's own sizes are constants for models of billions: a smaller one would be gathered whole.
+    """
+
+    reduced: int
+    """Of the buffer in which gradients are reduced (DeepSpeed's reduce_bucket_size), an even number; a larger one goes
+    alone."""
+    live: int
+    """Of gathered parameters that stage 3 may hold (max_live_parameters, and max_reuse_distance with it)."""
+    prefetched: int
+    """Of the parameters that stage 3 gathers ahead of their use (prefetch_bucket_size)."""
+    persistent: int
+    """Up to so many elements of a parameter stay whole on every rank (param_persistence_threshold): norms."""
+
+    @classmethod
+    def of(cls, parameters: int) -> "Buckets":
+        """For a model of so many parameters."""
+        return cls(
+            reduced=min(parameters // 16 * 2, 500_000_000),
+            live=min(parameters // 8, 1_000_000_000),
+            prefetched=min(parameters // 16, 50_000_000),
+            persistent=min(parameters // 10_000, 100_000),
+        )

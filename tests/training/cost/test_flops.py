@@ -1,0 +1,105 @@
+"""Pure arithmetic of training: learning rate, parameter groups, FLOPs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.batch import Batch
+from pretrain.config.model import ModelConfig
+from pretrain.config.training import OptimizerConfig, ScheduleConfig
+from pretrain.model.attention import allowed_pairs
+from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model.layout import AttentionLayout
+from pretrain.training.cost.flops import flops_per_token, peak_flops
+from pretrain.training.schedule import learning_rate
+from pretrain.training.zero.optimizer import parameter_groups
+
+ADAMW = OptimizerConfig(weight_decay=0.1)
+
+
+def test_the_learning_rate_rises_stays_and_falls_by_tokens():
+    schedule = ScheduleConfig(warmup=0.1, decay=0.2, final=0.1)
+    rates = {t: learning_rate(t, 1000, 2.0, schedule) for t in (1, 50, 100, 500, 800, 900, 1000, 1100)}
+    assert rates == pytest.approx(
+        {1: 0.02, 50: 1.0, 100: 2.0, 500: 2.0, 800: 2.0, 900: 1.1, 1000: 0.2, 1100: 0.2}, rel=1e-9
+    )
+    assert learning_rate(5, 1000, 2.0, ScheduleConfig(warmup=0, decay=0)) == 2.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_decay_spares_norms_and_embeddings(tied):
+    model = MaskedLanguageModel(ModelConfig(tie_embeddings=tied, positions="learned", max_positions=16), 50)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, ADAMW))
+    assert decayed | kept == set(names.values())
+    assert {n for n in kept if "norm" not in n} == {"encoder.embedding.weight", "encoder.position_embedding.weight"}
+    assert ("head.weight" in decayed) == (not tied)
+
+
+def test_under_mup_hidden_matrices_have_learning_rate_over_width_and_the_decay_of_their_base():
+    config = ModelConfig(hidden_size=512, num_heads=8, parametrization="mup", base_width=128, tie_embeddings=False)
+    model = MaskedLanguageModel(config, 50)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = {
+        (group["lr_scale"], group["weight_decay"]): {names[id(p)] for p in group["params"]}
+        for group in parameter_groups(model, ADAMW)
+    }
+    assert groups.keys() == {(0.25, 0.4), (1.0, 0.1), (1.0, 0.0)}
+    assert groups[1.0, 0.1] == {"head.weight"}
+    assert "encoder.embedding.weight" in groups[1.0, 0.0]
+    assert all(".blocks." in name for name in groups[0.25, 0.4])
+    assert float(model.encoder.embedding.weight.detach().std()) == pytest.approx((2 / (5 * 128)) ** 0.5, rel=0.05)
+    assert float(model.encoder.blocks[0].attention.qkv.weight.detach().std()) == pytest.approx(
+        (2 / (5 * 512)) ** 0.5, rel=0.05
+    )
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_mup_is_the_standard_parametrization_at_its_base_width(width):
+    ids = torch.arange(32)[None]
+    batch, losses = Batch(ids, ids, torch.ones_like(ids), ids), []
+    for kind in ("standard", "mup"):
+        torch.manual_seed(0)
+        model = MaskedLanguageModel(ModelConfig(hidden_size=width, parametrization=kind), 50)
+        losses.append(model(batch, AttentionLayout.from_batch(batch))[0])
+    assert losses[0].equal(losses[1]) == (width == 128)
+
+
+@pytest.mark.parametrize("kind", ["dual_triangle", "causal", "bidirectional"])
+@pytest.mark.parametrize("layers", [[], [{"span": 7}, {"positions": "none"}]], ids=["global", "windows"])
+def test_flops_with_attention_as_full_equal_torchs_count_on_the_dense_kernel(kind, layers):
+    shape = {"hidden_size": 64, "num_layers": 3, "num_heads": 2, "head_dim": 16, "glu": "geglu"}
+    config = ModelConfig.model_validate({**shape, "attention": kind, "kernel": "dense", "layers": layers})
+    model, length, rows = MaskedLanguageModel(config, 96), 32, 2
+    ids = torch.randint(96, (rows, length))
+    batch = Batch(ids, ids, torch.ones_like(ids), torch.arange(length).expand(rows, length))
+    with FlopCounterMode(display=False) as counter:
+        model(batch, AttentionLayout.from_batch(batch))[0].sum().backward()
+    assert counter.get_total_flops() == rows * length * flops_per_token(config, 96, length).total_as_full(1.0)
+
+
+def test_triangles_hold_half_the_pairs_and_the_diagonal_twice():
+    dual, full = (flops_per_token(ModelConfig(attention=kind), 96, 100) for kind in ("dual_triangle", "bidirectional"))
+    assert dual.attention == full.attention * 101 / 200
+    assert dual.attention_as_full == full.attention_as_full == full.attention
+
+
+@pytest.mark.parametrize("kind", ["dual_triangle", "causal", "bidirectional"])
+def test_windows_heads_and_glu_are_counted_as_they_are(kind):
+    layers = [{"span": 7}, {"span": 200}, {"span": "global", "positions": "none"}]
+    config = ModelConfig(attention=kind, layers=layers, num_layers=3, head_dim=32, glu="geglu")
+    flops, layout = flops_per_token(config, 96, 100), one_document(100)
+    pairs = sum(float(allowed_pairs(layout, kind, window)[0].sum()) for window in (7, None, None))
+    assert flops.attention == pytest.approx(3 * 4 * 64 * pairs / 100)
+    assert flops.attention_as_full == 3 * 4 * 64 * 3 * 100
+    assert flops.matrices == 6 * 3 * (4 * 128 * 64 + 3 * 128 * config.ffn_size)
+
+
+def one_document(length: int) -> AttentionLayout:
+    ids = torch.ones(1, length, dtype=torch.int64)
+    return AttentionLayout.from_batch(Batch(ids, ids, ids, torch.arange(length)[None]))
+
+
+def test_peaks_are_known_for_gpus_only():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("cpu") is None
