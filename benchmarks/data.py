@@ -29,6 +29,7 @@ import webdataset as wds
 from benchmarks.timing import command, machine
 from launch.quickstart.documentation import collect_documentation
 from pretrain.config.load import load_config
+from pretrain.config.parallel import SOLE_READER
 from pretrain.config.run import RunConfig
 from pretrain.data.build.corpus import build_corpus
 from pretrain.data.manifest import Manifest
@@ -86,7 +87,7 @@ def decoded_tokens(config: RunConfig, manifest: Manifest) -> int:
 def stream_tokens(config: RunConfig, manifest: Manifest, epoch_tokens: int) -> int:
     """Our stream over as many tokens: shards hashed at every opening, rows packed, masked and batched."""
     tokens = 0
-    for step in training_steps(config, manifest, StreamState.start(config.data.streams), 0, 1):
+    for step in training_steps(config, manifest, StreamState.start(config.data.streams), SOLE_READER):
         tokens += int(np.count_nonzero(step.batch.document_ids.numpy()))
         if tokens >= epoch_tokens:
             return tokens
@@ -134,7 +135,7 @@ def measure_resume(folder: Path, repeats: int) -> dict[str, Any]:
         state.visits[:] = int(share * visits_each)
         state.rows[:, 0] = 3
         began = time.perf_counter()
-        next(training_steps(config, manifest, StreamState.from_json(state.to_json()), 0, 1))
+        next(training_steps(config, manifest, StreamState.from_json(state.to_json()), SOLE_READER))
         seconds.setdefault(f"{share:.0%}", []).append(time.perf_counter() - began)
     longest = {share: max(values) for share, values in seconds.items()}
     return {"shards": len(shards), "tokens": manifest.splits["train"].tokens, "longest_s": longest}
@@ -143,7 +144,7 @@ def measure_resume(folder: Path, repeats: int) -> dict[str, Any]:
 def measure_memory(folder: Path) -> dict[str, float]:
     """What a loader worker holds that no other process does, MiB, while it reads on; shards that it maps included."""
     config = corpus_config("proteins", folder, "data.packing=packed", "data.sequence_length=512", "data.workers=1")
-    steps = training_steps(config, build_corpus(config.corpus), StreamState.start(64), 0, 1)
+    steps = training_steps(config, build_corpus(config.corpus), StreamState.start(64), SOLE_READER)
     held = {}
     for count in (100, 400, 1600):
         for _ in islice(steps, count - max(held, default=0)):

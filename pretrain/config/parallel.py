@@ -1,8 +1,26 @@
 """The section `parallel`: how one row is spread over ranks. How weights are is `training.sharding`."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pretrain.config.section import Count, Section
+
+
+@dataclass(frozen=True)
+class DataRank:
+    """Place of a rank among those that read rows; ranks that share every row have the same one."""
+
+    index: int = 0
+    """Its number among them, from 0."""
+    count: int = 1
+    """How many there are."""
+
+    def streams(self, total: int) -> range:
+        """Return the streams, out of `total`, whose rows this rank reads."""
+        return range(self.index, total, self.count)
+
+
+SOLE_READER = DataRank()
 
 
 class ParallelConfig(Section):
@@ -12,9 +30,13 @@ class ParallelConfig(Section):
     """S neighbouring ranks share every row, each with L/S of its positions (Ulysses, arXiv 2309.14509): for rows that
     one rank has no memory for. S must divide `model.num_heads`, every row length and the number of ranks."""
 
-    def reader(self, rank: int, world_size: int) -> tuple[int, int]:
-        """Which of how many readers of rows a rank is: ranks that share rows are one."""
-        return rank // self.sequence, world_size // self.sequence
+    def data_rank(self, rank: int, world_size: int) -> DataRank:
+        """Return which rows a rank reads."""
+        return DataRank(rank // self.sequence, self.data_ranks(world_size))
+
+    def data_ranks(self, world_size: int) -> int:
+        """Return how many ranks read different rows."""
+        return world_size // self.sequence
 
     def check(self, num_heads: int, lengths: Iterable[int]) -> None:
         """Refuse what cannot be shared out among the ranks.

@@ -26,7 +26,7 @@ def _batch_sizes(config: RunConfig) -> list[int]:
 
 def works_with(config: RunConfig, world_size: int) -> bool:
     """Whether the streams and every batch can be divided among so many ranks, those that share rows being one."""
-    _, readers = config.parallel.reader(0, world_size)
+    readers = config.parallel.data_ranks(world_size)
     numbers = (config.data.streams, *_batch_sizes(config))
     return world_size == readers * config.parallel.sequence and all(number % readers == 0 for number in numbers)
 

@@ -27,8 +27,7 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         plan = Plan(run, vocab_size, devices)
         config = plan.config
-        _, readers = config.parallel.reader(0, world_size)
-        rows = min(config.training.micro_batch_size, -(-config.training.batch_size // readers))
+        rows = min(config.training.micro_batch_size, plan.rows_per_rank(config))
         try:
             _take(engine, config, rows, vocab_size, world_size)
         except (MemoryError, RuntimeError) as error:
@@ -45,8 +44,8 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
 def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
     """One step of at most two micro-batches: what accumulation needs is there from the second on."""
     micro_batches = min(accumulation_steps(config, world_size), 2)
-    _, readers = config.parallel.reader(0, world_size)
-    portion = {"batch_size": micro_batches * rows * readers, "micro_batch_size": rows}
+    batch_size = micro_batches * rows * config.parallel.data_ranks(world_size)
+    portion = {"batch_size": batch_size, "micro_batch_size": rows}
     training = config.training.model_copy(update=portion)
     engine.enter_phase(config.model_copy(update={"training": training}), world_size)
     engine.set_learning_rate(0.0)

@@ -56,8 +56,7 @@ class Trainer:
     ) -> None:
         check_topology(config, world_size, ranks_per_node(world_size))
         self.run, self.rank, self.world_size = config, rank, world_size
-        self.reader = config.parallel.reader(rank, world_size)
-        """Which of how many readers of rows this rank is."""
+        self.data_rank = config.parallel.data_rank(rank, world_size)
         self.config = config
         """As `run`, with the settings of the phase at hand."""
         self.stop_request = stop_request
@@ -120,7 +119,7 @@ class Trainer:
             with self.clock.section("data"):
                 rows = next(steps)
             self._note(AGREEING, patient=self._is_cold)
-            lost = rows.state.lost[self.reader[0] :: self.reader[1]].sum()
+            lost = rows.state.lost[self.data_rank.streams(len(rows.state.lost))].sum()
             with self.clock.section("communication"):
                 totals = agree_on_step(rows.batch, int(lost), self.stop_request.requested, self.engine.sequence)
             if totals.stop:
@@ -172,7 +171,7 @@ class Trainer:
                 f"{config.training.batch_size} a step, mask rate {config.data.mask_rate:g}, rotary theta "
                 f"{config.model.rotary_theta:g}"
             )
-        return training_steps(self.run, self.manifest, self.state.stream, *self.reader)
+        return training_steps(self.run, self.manifest, self.state.stream, self.data_rank)
 
     def _resume(self) -> TrainingState:
         """The state to go on from: that of the newest valid checkpoint, or the beginning."""
@@ -186,7 +185,7 @@ class Trainer:
             self.checkpoints,
             self.engine,
             self.config.checkpoint,
-            own_streams=range(self.reader[0], streams, self.reader[1]),
+            own_streams=self.data_rank.streams(streams),
             guard=self.attempt.check,
             damaged=newer_than(path) if path else (),
         )
@@ -332,8 +331,8 @@ class Trainer:
         self._progress("validating")
         self.engine.see_tokens(self.state.tokens_seen)
         self._note("validating", patient=True)
-        shape = *self.reader, self.config.training.micro_batch_size
-        batches = validation_batches(self.config, self.manifest, *shape, on_any_rank=any_rank)
+        micro_batch_size = self.config.training.micro_batch_size
+        batches = validation_batches(self.config, self.manifest, self.data_rank, micro_batch_size, any_rank)
         with self.clock.section("validation"):
             sums = evaluate(self.engine, self._noted(batches), lambda: any_rank(self.stop_request.requested))
         self._validation_is_due = sums is None

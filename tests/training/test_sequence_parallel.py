@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pretrain.batch import IGNORED, Batch
 from pretrain.checkpoint.folder import list_checkpoints, load_state
 from pretrain.config.model import ModelConfig
-from pretrain.config.parallel import ParallelConfig
+from pretrain.config.parallel import SOLE_READER, DataRank, ParallelConfig
 from pretrain.data.stream.loader import training_steps
 from pretrain.data.stream.state import StreamState
 from pretrain.errors import UserError
@@ -40,10 +40,11 @@ ROWS = {
 }
 
 
-def test_neighbouring_ranks_are_one_reader_of_rows():
-    places = [ParallelConfig(sequence=2).reader(rank, 6) for rank in range(6)]
-    assert places == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]
-    assert [ParallelConfig().reader(rank, 2) for rank in range(2)] == [(0, 2), (1, 2)]
+def test_neighbouring_ranks_read_the_same_rows():
+    places = [ParallelConfig(sequence=2).data_rank(rank, 6) for rank in range(6)]
+    assert places == [DataRank(index, 3) for index in (0, 0, 1, 1, 2, 2)]
+    assert [ParallelConfig().data_rank(rank, 2) for rank in range(2)] == [DataRank(0, 2), DataRank(1, 2)]
+    assert [list(places[rank].streams(8)) for rank in (0, 2, 4)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
 @given(st.sampled_from([1, 2, 3, 6]), st.integers(1, 3), st.integers(1, 4))
@@ -57,11 +58,11 @@ def test_ranks_hold_consecutive_positions_of_every_row(size, rows, per_rank):
 def test_readers_get_the_rows_of_so_many_ranks(make_config, manifest):
     config = make_config(parallel={"sequence": 2})
     start = StreamState.start(config.data.streams)
-    ranks = [training_steps(config, manifest, start, *config.parallel.reader(rank, 4)) for rank in range(4)]
+    ranks = [training_steps(config, manifest, start, config.parallel.data_rank(rank, 4)) for rank in range(4)]
     a, b, c, d = (next(steps).batch.input_ids for steps in ranks)
     assert a.equal(b)
     assert c.equal(d)
-    whole = next(training_steps(config, manifest, start, 0, 1)).batch.input_ids
+    whole = next(training_steps(config, manifest, start, SOLE_READER)).batch.input_ids
     assert torch.stack((a, c), dim=1).flatten(0, 1).equal(whole)
 
 

@@ -16,8 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+
 import numpy as np
+
 from pretrain.config.data import CorpusConfig
+from pretrain.data.build.groups import RAW_FILES_CHANGED, Group, GroupRecord, Workplace, build_groups, deal_to_groups
 from pretrain.data.build.plan import (
     Report,
     Scan,
@@ -40,10 +43,9 @@ from pretrain.data.manifest import (
     load_manifest,
     save_manifest,
 )
-from pretrain.data.sources.readers import InputFile
-from pretrain.data.sources.inputs import find_inputs, source_name
-from pretrain.data.build.groups import RAW_FILES_CHANGED, Group, GroupRecord, Workplace, build_groups, deal_to_groups
 from pretrain.data.shards.shard import verify_shard
+from pretrain.data.sources.inputs import find_inputs, source_name
+from pretrain.data.sources.readers import InputFile
 from pretrain.data.tokenizer import Tokenizer, token_dtype, train_tokenizer, training_characters
 from pretrain.errors import UserError
 from pretrain.files import atomic_path, disk_errors, sha256_of, write_json

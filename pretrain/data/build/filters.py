@@ -2,6 +2,7 @@
 
 from pretrain.config.data import FilterConfig
 
+
 def reason_to_remove(text: str, filters: FilterConfig) -> str | None:
     """What the manifest counts a removed document by; None for one that is kept."""
     if len(text) < filters.min_characters:

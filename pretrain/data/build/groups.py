@@ -15,12 +15,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+
 from pretrain.data.build.plan import REMOVED, Scan
 from pretrain.data.manifest import SPLITS, TOKENIZER, ShardEntry, Split
-from pretrain.data.sources.readers import Document
 from pretrain.data.shards.shard import EncodedDocument, write_shard
+from pretrain.data.sources.readers import Document
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.files import write_text

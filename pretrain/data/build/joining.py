@@ -8,8 +8,10 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
+
 from pretrain.data.manifest import (
     MANIFEST,
     SPLITS,

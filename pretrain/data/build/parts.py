@@ -5,12 +5,14 @@ joining.py makes one corpus of them.
 """
 
 from pathlib import Path
+
 from pretrain.config.data import CorpusConfig
-from pretrain.data.build.plan import Report
 from pretrain.data.build.corpus import build_corpus, silent
 from pretrain.data.build.joining import merge_corpora
+from pretrain.data.build.plan import Report
 from pretrain.data.manifest import MANIFEST, TOKENIZER, Manifest
 from pretrain.errors import UserError
+
 
 def part_path(corpus: Path, number: int, count: int) -> Path:
     """The folder of part `number` of 0 to `count` - 1."""

@@ -10,13 +10,15 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
+
 from pretrain.config.data import CorpusConfig, SplitsConfig
 from pretrain.data.build.filters import reason_to_remove
 from pretrain.data.manifest import SPLITS, SourceEntry, Split
-from pretrain.data.sources.readers import Document, InputFile, read_documents
 from pretrain.data.sources.inputs import source_name
+from pretrain.data.sources.readers import Document, InputFile, read_documents
 from pretrain.errors import UserError
 
 Report = Callable[[str, int, int, int], None]

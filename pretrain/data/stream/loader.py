@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pretrain.batch import IGNORED, Batch
+from pretrain.config.parallel import DataRank
 from pretrain.config.run import RunConfig
 from pretrain.data.counter_random import bits
 from pretrain.data.manifest import TOKENIZER, Manifest, Split
@@ -100,10 +101,10 @@ class _TrainingSteps(IterableDataset[StepRows | UserError]):
     """
 
     def __init__(
-        self, config: RunConfig, source: RowSource, rule: MaskingRule, state: StreamState, rank: int, world_size: int
+        self, config: RunConfig, source: RowSource, rule: MaskingRule, state: StreamState, data_rank: DataRank
     ) -> None:
         self._config, self._source, self._rule, self._state = config, source, rule, state
-        self._rank, self._world_size = rank, world_size
+        self._data_rank = data_rank
 
     def __iter__(self) -> Iterator[StepRows | UserError]:
         info = get_worker_info()
@@ -113,9 +114,9 @@ class _TrainingSteps(IterableDataset[StepRows | UserError]):
             yield error
 
     def _steps(self, worker: int, num_workers: int) -> Iterator[StepRows]:
-        reader = StreamReader(self._source, self._state, self._rank, self._world_size)
+        reader = StreamReader(self._source, self._state, self._data_rank)
         training, length = self._config.training, self._config.data.sequence_length
-        most = max(1, _BLOCK_POSITIONS * self._world_size // (training.batch_size * length))
+        most = max(1, _BLOCK_POSITIONS * self._data_rank.count // (training.batch_size * length))
         # Blocks grow: the first step is soon there, and few steps, as a test or a short resume wants, cost little.
         for steps in chain((2**n for n in range(most.bit_length() - 1)), repeat(most)):
             yield from self._block(reader, steps, worker, num_workers)
@@ -187,7 +188,7 @@ def _explained(steps: Iterator[StepRows | UserError]) -> Iterator[StepRows | Use
 
 
 def training_steps(
-    config: RunConfig, manifest: Manifest, state: StreamState, rank: int, world_size: int
+    config: RunConfig, manifest: Manifest, state: StreamState, data_rank: DataRank
 ) -> Iterator[StepRows]:
     """This rank's steps after `state`, without end; the same rows and masks for any number of ranks and workers.
 
@@ -213,7 +214,7 @@ def training_steps(
             f"data.streams = {config.data.streams}; use data.streams={source.num_shards} or fewer, or build it with a "
             f"larger corpus.min_train_shards"
         )
-    dataset = _TrainingSteps(config, source, masking_rule(config), state, rank, world_size)
+    dataset = _TrainingSteps(config, source, masking_rule(config), state, data_rank)
     workers = config.data.workers
     loader = DataLoader(
         dataset,
@@ -252,8 +253,7 @@ def _in_one_order(steps: Iterator[StepRows | UserError], state: StreamState) -> 
 def validation_batches(
     config: RunConfig,
     manifest: Manifest,
-    rank: int,
-    world_size: int,
+    data_rank: DataRank,
     rows_per_batch: int,
     on_any_rank: Callable[[bool], bool] = bool,
 ) -> Iterator[Batch]:
@@ -273,11 +273,11 @@ def validation_batches(
     rows_in_epoch = sum(size for v, size in enumerate(sizes) if size and v not in source.left_out)
     total = min(config.training.validation_rows, rows_in_epoch)
     reader = StreamReader(source, StreamState.start(1))
-    share = -(-total // world_size)
+    share = -(-total // data_rank.count)
     for start in range(0, share, rows_per_batch):
         wanted = min(rows_per_batch, share - start)
-        taken = reader.take(min(wanted * world_size, total - reader.state.position))
-        taken = taken[taken.numbers % world_size == rank % world_size]
+        taken = reader.take(min(wanted * data_rank.count, total - reader.state.position))
+        taken = taken[taken.numbers % data_rank.count == data_rank.index]
         rates = np.full(len(taken.numbers), rule.rate)
         shape = wanted, config.data.sequence_length
         yield read_batch(reader, taken, shape, rule, (config.seed, "valid"), rates)

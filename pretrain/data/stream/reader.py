@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.config.parallel import SOLE_READER, DataRank
 from pretrain.data.counter_random import permutation
 from pretrain.data.manifest import Manifest, ShardEntry, Split
 from pretrain.data.shards.access import ShardAccess
@@ -161,17 +162,17 @@ class Taken:
 
 
 class StreamReader:
-    """The rows of those streams that one rank reads: s = rank mod world size.
+    """The rows of the streams that one rank reads.
 
     `take` moves on and reads no token; `read` gives what was taken. So the workers that share a rank's streams all go
     the same way, each reads its part, and many rows are read at once.
     """
 
-    def __init__(self, source: RowSource, state: StreamState, rank: int = 0, world_size: int = 1) -> None:
-        assert len(state.visits) % world_size == 0, "the config check lets only divisors of the streams through"
+    def __init__(self, source: RowSource, state: StreamState, data_rank: DataRank = SOLE_READER) -> None:
+        assert len(state.visits) % data_rank.count == 0, "the config check lets only divisors of the streams through"
         self.state = state
         """After the last row that was taken. Entries of other ranks' streams are theirs to report."""
-        self._source, self._rank, self._world_size = source, rank, world_size
+        self._source, self._data_rank = source, data_rank
         self._streams = len(state.visits)
         self._sizes = np.zeros(self._streams, dtype=np.int64)
         """Rows of the visit at hand; 0 where it is not open yet."""
@@ -184,14 +185,14 @@ class StreamReader:
 
     def take_steps(self, count: int, steps: int) -> tuple[Taken, list[StreamState]]:
         """Move on by `steps` times `count` global rows; gives those of this rank, and the state after each step."""
-        first, own = self.state.position, np.arange(self._rank, self._streams, self._world_size)
+        rank, first, own = self._data_rank, self.state.position, np.array(self._data_rank.streams(self._streams))
         ends = first + count * np.arange(1, steps + 1)
         # Row n of stream s is global row s + n S, so the stream has (g - s - 1) // S + 1 rows below g.
         before = (first - own - 1) // self._streams + 1
         depths = (ends[:, None] - own - 1) // self._streams + 1 - before
         table = self._deal(own, depths[-1])
-        numbers = np.arange(first + (self._rank - first) % self._world_size, ends[-1], self._world_size)
-        at = numbers % self._streams // self._world_size
+        numbers = np.arange(first + (rank.index - first) % rank.count, ends[-1], rank.count)
+        at = numbers % self._streams // rank.count
         visits, rows, _ = table[:, at, numbers // self._streams - before[at] + 1]
         states = self._states(own, table[:, np.arange(len(own)), depths], count)
         self.state = states[-1]

@@ -175,8 +175,7 @@ class Plan:
 
     def rows_per_rank(self, config: RunConfig) -> int:
         """Rows of one rank in a step, or of the ranks that share them."""
-        _, readers = config.parallel.reader(0, self.hardware.world_size)
-        return math.ceil(config.training.batch_size / readers)
+        return math.ceil(config.training.batch_size / config.parallel.data_ranks(self.hardware.world_size))
 
     @property
     def micro_batch_sizes(self) -> list[int]:

@@ -40,7 +40,7 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches per rank and step."""
-    _, readers = config.parallel.reader(0, world_size)
+    readers = config.parallel.data_ranks(world_size)
     return math.ceil(config.training.batch_size / readers / config.training.micro_batch_size)
 
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from pretrain.config.data import CorpusConfig, SplitsConfig
 from pretrain.config.load import load_config
 from pretrain.data.build import groups as shard_builder
-from pretrain.data.build.plan import Scan, cut_evenly, sampled_characters, split_of, text_hash
 from pretrain.data.build.corpus import build_corpus
+from pretrain.data.build.plan import Scan, cut_evenly, sampled_characters, split_of, text_hash
 from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.manifest import load_manifest
+from pretrain.data.shards.shard import Shard
 from pretrain.data.sources.inputs import find_inputs
 from pretrain.data.sources.readers import read_documents
-from pretrain.data.shards.shard import Shard
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.files import sha256_of

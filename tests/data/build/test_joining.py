@@ -12,12 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
+from pretrain.config.parallel import SOLE_READER
 from pretrain.data.build.corpus import build_corpus
-from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.build.joining import index_shards, merge_corpora
-from pretrain.data.stream.loader import training_steps
+from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.manifest import load_manifest
 from pretrain.data.shards.shard import Shard
+from pretrain.data.stream.loader import training_steps
 from pretrain.data.stream.state import StreamState
 from pretrain.data.tokenizer import BOS, EOS
 from pretrain.errors import UserError
@@ -123,7 +124,7 @@ def test_merged_corpora_hold_all_documents_and_keep_their_sources(make_config, m
     assert [set(s.tolist()) for s in sources] == [{0}] * 16 + [{1}] * 16
     assert (tmp_path / "all" / train.shards[0].path).stat().st_nlink > 1
     run = make_config(corpus={"path": str(tmp_path / "all"), "sources": []})
-    assert len(list(islice(training_steps(run, merged, StreamState.start(16), 0, 1), 3))) == 3
+    assert len(list(islice(training_steps(run, merged, StreamState.start(16), SOLE_READER), 3))) == 3
 
 
 def test_the_commands_print_what_they_made(tmp_path, model):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.data import CorpusConfig
+from pretrain.data.build.parts import build_part, join_parts, part_path
 from pretrain.data.inspection import verify_corpus
 from pretrain.data.manifest import SPLITS, Manifest, load_manifest
-from pretrain.data.build.parts import build_part, join_parts, part_path
 from pretrain.data.shards.shard import Shard
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError

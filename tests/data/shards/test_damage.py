@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from pretrain.config.parallel import SOLE_READER, DataRank
 from pretrain.data.build.joining import merge_corpora
 from pretrain.data.manifest import ShardEntry, load_manifest
 from pretrain.data.shards import verified
@@ -96,13 +97,13 @@ def test_every_kind_of_damage_stops_the_run_with_the_shards_name_or_is_skipped_a
 ):
     manifest = load_manifest(copy)
     entry = manifest.splits["train"].shards[3]
-    list(islice(training_steps(config_of(make_config, copy), manifest, StreamState.start(16), 0, 1), 1))
+    list(islice(training_steps(config_of(make_config, copy), manifest, StreamState.start(16), SOLE_READER), 1))
     damage(copy / entry.path, kind)
     with pytest.raises(UserError, match=rf"{Path(entry.path).name}.*on_corrupt=skip"):
-        next(training_steps(config_of(make_config, copy), manifest, StreamState.start(16), 0, 1))
+        next(training_steps(config_of(make_config, copy), manifest, StreamState.start(16), SOLE_READER))
     skipping = config_of(make_config, copy, data={"on_corrupt": "skip"})
     with caplog.at_level(logging.WARNING):
-        step = next(training_steps(skipping, manifest, StreamState.start(16), 0, 1))
+        step = next(training_steps(skipping, manifest, StreamState.start(16), SOLE_READER))
     assert step.state.lost.sum() == entry.samples
     assert f"{entry.samples} samples skipped" in caplog.text
     assert Path(entry.path).name in caplog.text
@@ -112,7 +113,11 @@ def test_a_worker_that_meets_a_damaged_shard_ends_the_run_with_the_answer_and_no
     manifest = load_manifest(copy)
     damage(copy / manifest.splits["train"].shards[3].path, "missing")
     with pytest.raises(UserError) as caught:
-        next(training_steps(config_of(make_config, copy, data={"workers": 1}), manifest, StreamState.start(16), 0, 1))
+        next(
+            training_steps(
+                config_of(make_config, copy, data={"workers": 1}), manifest, StreamState.start(16), SOLE_READER
+            )
+        )
     assert str(caught.value).startswith(str(copy))
     assert "Traceback" not in str(caught.value)
 
@@ -147,12 +152,12 @@ def test_a_shard_damaged_in_the_middle_of_its_visit_loses_only_what_was_not_read
     state = StreamState.start(16)
     state.rows[0, 0] = len(plan) - 4
     damage(copy / source.entry(0).path, "flip in a payload")
-    step = next(training_steps(config, manifest, state, 0, 1))
+    step = next(training_steps(config, manifest, state, SOLE_READER))
     unread = len(set(plan.samples[-4:].tolist()))
     assert step.state.lost[0] == unread
     assert step.state.lost.sum() == unread
     (copy / source.entry(0).index_path).unlink()
-    step = next(training_steps(config, manifest, state, 0, 1))
+    step = next(training_steps(config, manifest, state, SOLE_READER))
     assert step.state.lost.sum() == source.entry(0).samples > unread > 0
 
 
@@ -162,7 +167,7 @@ def test_when_every_shard_is_damaged_the_run_ends_instead_of_looking_for_ever(ma
         (copy / entry.path).unlink()
     config = config_of(make_config, copy, data={"on_corrupt": "skip"})
     with pytest.raises(UserError, match="none of the shards that are left has a row"):
-        next(training_steps(config, manifest, StreamState.start(16), 0, 1))
+        next(training_steps(config, manifest, StreamState.start(16), SOLE_READER))
 
 
 @pytest.mark.slow
@@ -176,7 +181,7 @@ def test_a_validation_shard_that_is_damaged_on_one_node_is_left_out_on_all(make_
     settings = {"data": {"on_corrupt": "skip"}, "training": {"validation_rows": 10_000}}
     configs = [config_of(make_config, folder, **settings) for folder in (more, tmp_path / "other node")]
     batches = run_on_ranks(validation_rows, 2, tmp_path / "ranks", configs, manifest)
-    alone = list(validation_batches(config_of(make_config, whole, **settings), load_manifest(whole), 0, 1, 8))
+    alone = list(validation_batches(config_of(make_config, whole, **settings), load_manifest(whole), SOLE_READER, 8))
     assert entry.samples > 10
     assert len(batches[0]) == len(batches[1]) > 2
     assert sum(map(rows_in, batches[0] + batches[1])) == sum(map(rows_in, alone))
@@ -187,7 +192,7 @@ def rows_in(batch):
 
 
 def validation_rows(rank, configs, manifest):
-    return list(validation_batches(configs[rank], manifest, rank, 2, 8, on_any_rank=any_rank))
+    return list(validation_batches(configs[rank], manifest, DataRank(rank, 2), 8, any_rank))
 
 
 def test_workers_that_disagree_about_a_shard_end_the_run(make_config, copy, monkeypatch):
@@ -202,7 +207,7 @@ def test_workers_that_disagree_about_a_shard_end_the_run(make_config, copy, monk
     monkeypatch.setattr(RowSource, "try_open", damaged_for_worker_0)
     config = config_of(make_config, copy, data={"on_corrupt": "skip", "workers": 2})
     with pytest.raises(UserError, match="damaged for one loader worker and whole for another.*it resumes"):
-        list(islice(training_steps(config, manifest, StreamState.start(16), 0, 1), 4))
+        list(islice(training_steps(config, manifest, StreamState.start(16), SOLE_READER), 4))
 
 
 def test_a_shard_that_is_whole_again_after_a_resume_is_read_from_its_next_visit(make_config, copy):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pretrain.batch import IGNORED
+from pretrain.config.parallel import SOLE_READER
 from pretrain.data.counter_random import bits
 from pretrain.data.stream import loader
 from pretrain.data.stream.loader import training_steps
@@ -123,7 +124,7 @@ def test_the_rate_goes_from_first_to_final_over_the_positions_dealt_and_survives
     assert np.mean(rates[:3]) == pytest.approx(0.55, abs=0.08)
     assert np.mean(rates[21:]) == pytest.approx(0.1, abs=0.03)
     assert steps[-1].state.positions == 30 * 16 * 32
-    again = next(training_steps(config, manifest, StreamState.from_json(steps[9].state.to_json()), 0, 1))
+    again = next(training_steps(config, manifest, StreamState.from_json(steps[9].state.to_json()), SOLE_READER))
     assert again.batch.labels.equal(steps[10].batch.labels)
     assert rows_of(first_steps(make_config(data=data, training={"tokens": 16 * 32 * 20}), manifest, 30, 2)) == rows_of(
         [steps]
@@ -136,6 +137,6 @@ def test_the_rate_of_a_step_is_that_of_the_positions_dealt_before_it(make_config
         loader, "rate_at", lambda positions, *rule: asked.append(positions) or rate_at(positions, *rule)
     )
     config = make_config(data={"workers": 0, "mask_rate": 0.6, "final_mask_rate": 0.1})
-    steps = training_steps(config, manifest, StreamState.start(config.data.streams), 0, 1)
+    steps = training_steps(config, manifest, StreamState.start(config.data.streams), SOLE_READER)
     list(islice(steps, 3))
     assert asked[:3] == [0, 16 * 32, 2 * 16 * 32]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.load import load_config
+from pretrain.config.parallel import SOLE_READER
 from pretrain.data.build.corpus import build_corpus
 from pretrain.data.manifest import load_manifest
 from pretrain.data.stream.loader import training_steps
@@ -129,7 +130,7 @@ def test_packed_batches_hold_whole_documents_with_their_symbols(make_config, man
         assert not ids[filled:].any()
         assert not positions[filled:].any()
     assert seen == (shard.lengths + 2).sum()
-    batch = next(training_steps(config, manifest, StreamState.start(16), 0, 1)).batch
+    batch = next(training_steps(config, manifest, StreamState.start(16), SOLE_READER)).batch
     assert not AttentionLayout.from_batch(batch).one_document_per_row
     assert batch.num_tokens > 0.9 * batch.input_ids.numel()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.config.load import validate
+from pretrain.config.parallel import SOLE_READER
 from pretrain.data.build.corpus import build_corpus
 from pretrain.data.stream.loader import training_steps
 from pretrain.data.stream.packing import PackingRule, repeats_of
@@ -120,7 +121,7 @@ def test_weighted_sources_are_read_as_often_as_asked_on_any_ranks(make_config, m
     assert rows_of(first_steps(weighted, two, 20)) != rows_of(first_steps(plain, two, 20))
     wrong = make_config(corpus=corpus, data={**data, "source_weights": {"fwe": 3}})
     with pytest.raises(UserError, match="source_weights names fwe, but the sources .* are few, many"):
-        list(islice(training_steps(wrong, two, StreamState.start(4), 0, 1), 1))
+        list(islice(training_steps(wrong, two, StreamState.start(4), SOLE_READER), 1))
 
 
 class StopAfter:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pretrain.config.data import CorpusConfig
+from pretrain.config.parallel import SOLE_READER, DataRank
 from pretrain.data.build.corpus import build_corpus
 from pretrain.data.counter_random import bits, permutation, uniform
 from pretrain.data.manifest import load_manifest
@@ -44,7 +45,7 @@ def ids_of(shard, plan, numbers, length=32):
 def first_steps(config, manifest, count, world_size=1, states=None):
     states = states or [StreamState.start(config.data.streams)] * world_size
     return [
-        list(islice(training_steps(config, manifest, states[rank], rank, world_size), count))
+        list(islice(training_steps(config, manifest, states[rank], DataRank(rank, world_size)), count))
         for rank in range(world_size)
     ]
 
@@ -154,10 +155,10 @@ def test_epochs_and_seeds_have_orders_of_their_own(make_config, manifest):
 
 def test_a_stream_state_that_is_taken_with_a_row_ignores_what_was_read_ahead(make_config, manifest):
     config = make_config(data={"workers": 3})
-    steps = training_steps(config, manifest, StreamState.start(16), 0, 1)
+    steps = training_steps(config, manifest, StreamState.start(16), SOLE_READER)
     taken = list(islice(steps, 2))
     assert taken[-1].state.position == 32
-    again = training_steps(make_config(), manifest, taken[0].state, 0, 1)
+    again = training_steps(make_config(), manifest, taken[0].state, SOLE_READER)
     assert next(again).batch.input_ids.equal(taken[1].batch.input_ids)
 
 
@@ -165,11 +166,13 @@ def test_validation_rows_are_the_same_on_any_number_of_ranks(make_config, manife
     config = make_config(training={"validation_rows": 37})
 
     def rows(world_size: int) -> list[bytes]:
-        batches = [b for r in range(world_size) for b in validation_batches(config, manifest, r, world_size, 8)]
+        batches = [
+            b for r in range(world_size) for b in validation_batches(config, manifest, DataRank(r, world_size), 8)
+        ]
         pairs = [(i, x) for b in batches for i, x in zip(b.input_ids.numpy(), b.labels.numpy(), strict=True)]
         return sorted(i.tobytes() + x.tobytes() for i, x in pairs if i.any())
 
-    counts = [len(list(validation_batches(config, manifest, rank, 4, 8))) for rank in range(4)]
+    counts = [len(list(validation_batches(config, manifest, DataRank(rank, 4), 8))) for rank in range(4)]
     assert len(rows(1)) == 37
     assert rows(1) == rows(2) == rows(4)
     assert len(set(counts)) == 1
@@ -179,7 +182,7 @@ def test_fewer_shards_than_streams_are_refused(make_config, manifest):
     few = manifest.splits["train"].model_copy(update={"shards": manifest.splits["train"].shards[:3]})
     small = manifest.model_copy(update={"splits": {**manifest.splits, "train": few}})
     with pytest.raises(UserError, match=r"3 training shards for data.streams = 16; use data.streams=3"):
-        training_steps(make_config(), small, StreamState.start(16), 0, 1)
+        training_steps(make_config(), small, StreamState.start(16), SOLE_READER)
 
 
 def test_a_damaged_shard_is_named_before_anything_of_it_is_read(manifest, tmp_path, corpus_values):
@@ -200,7 +203,7 @@ def test_the_order_of_an_earlier_version_is_refused_and_this_ones_is_fixed(make_
     earlier = {name: value for name, value in state.to_json().items() if name != "order"}
     for old in (StreamState.from_json(earlier), StreamState.from_json(earlier).in_phase(1)):
         with pytest.raises(UserError, match="rows are in order 1, and this version of Diptych makes order 2"):
-            training_steps(make_config(), manifest, old, 0, 1)
+            training_steps(make_config(), manifest, old, SOLE_READER)
     # If these change, rows or masks do: raise ORDER.
     plan = plan_rows(whole_documents(np.arange(40) * 7), PackingRule(64, "packed"), 5)
     assert sha256(np.concatenate(list(vars(plan).values())).tobytes()).hexdigest()[:12] == "e46afd8e1e9b"
