@@ -33,6 +33,12 @@ def diptych(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     )
 
 
+def imported_by(*arguments: str, cwd: Path) -> set[str]:
+    """The modules that a command imports."""
+    profile = diptych(*arguments, cwd=cwd, PYTHONPROFILEIMPORTTIME="1").stderr
+    return {line.rpartition("|")[2].strip() for line in profile.splitlines()}
+
+
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """A working directory with a space in its name and one config."""
@@ -53,11 +59,18 @@ def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     assert result.returncode == 0
     names = ("quickstart", "train", "submit", "sweep", "runs", "data", "evaluate", "model", "plan", "config")
     assert all(f" {name} " in result.stdout for name in names)
-    profile = diptych("--help", cwd=here, PYTHONPROFILEIMPORTTIME="1").stderr
-    imported = {line.rpartition("|")[2].strip() for line in profile.splitlines()}
+    imported = imported_by("--help", cwd=here)
     assert "typer" in imported
     assert imported.isdisjoint({"torch", "deepspeed", "matplotlib", "pydantic"})
     assert seconds < 1.5
+
+
+def test_the_list_of_runs_does_not_wait_for_torch(here):
+    (here / "runs" / "first").mkdir(parents=True)
+    (here / "runs" / "first" / "config.yaml").write_text("")
+    imported = imported_by("runs", cwd=here)
+    assert "rich.table" in imported
+    assert imported.isdisjoint({"torch", "deepspeed", "matplotlib"})
 
 
 @pytest.mark.parametrize(
