@@ -1,15 +1,15 @@
 """`diptych evaluate context`: the evaluation with progress, on one process or several, and its report on a terminal."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from launch.local.ranks import Rank, free_port, num_gpus, rank_environment, start_rank
-from launch.local.supervisor import Supervisor, stop_requests
+from launch.local.ranks import num_gpus
+from launch.local.supervisor import run_ranks
 from launch.local.training import launch_local
 from launch.terminal.console import say
 from launch.terminal.display import PlainDisplay, make_display
@@ -144,40 +144,23 @@ def _run_on_ranks(
     """Have the parts of a plan computed by processes of this machine; must be called from the main thread."""
     from pretrain.evaluation.context.work import missing_parts
 
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    total, looks = len(plan.parts()), 0
+    logs, total, looks = folder / "logs", len(plan.parts()), count()
+
+    def show_parts() -> None:
+        report(f"parts on {num_ranks} ranks", total - len(missing_parts(folder, plan)), total)
 
     def refresh() -> None:
-        nonlocal looks
-        if looks % _LOOK_EVERY == 0:
-            report(f"parts on {num_ranks} ranks", total - len(missing_parts(folder, plan)), total)
-        looks += 1
+        if next(looks) % _LOOK_EVERY == 0:
+            show_parts()
 
     command = [sys.executable, "-P", "-m", "pretrain.evaluation", str(folder)]
-    port, gpus = free_port(), num_gpus()
-    ranks: list[Rank] = []
-    with stop_requests() as requests:
-        try:
-            for number in range(num_ranks):
-                environment = rank_environment(number, num_ranks, port, gpus, os.environ)
-                ranks.append(start_rank(command, environment, logs / f"rank-{number:04d}.log"))
-            supervisor = Supervisor(ranks, requests, PlainDisplay(console))
-            exit_code = supervisor.watch(refresh)
-        finally:
-            for rank in ranks:
-                rank.kill()
-    looks = 0
-    refresh()
-    if exit_code == EXIT_DONE:
+    end = run_ranks(command, num_ranks, lambda rank: logs / f"rank-{rank:04d}.log", PlainDisplay(console), refresh)
+    show_parts()
+    if end.exit_code == EXIT_DONE:
         return
-    if exit_code == EXIT_RESUME_ME or requests.requested:
+    if end.exit_code == EXIT_RESUME_ME or end.was_asked_to_stop:
         raise KeyboardInterrupt
-    for rank in supervisor.failed[:1]:
-        say(console, f"rank {rank.number} {rank.how_it_ended()}; its last lines:", "bold red")
-        for line in rank.log_tail():
-            say(console, f"  {line}")
-    if exit_code == EXIT_WRONG_INPUT:
+    if end.exit_code == EXIT_WRONG_INPUT:
         raise UserError(f"the evaluation could not go on; the whole log: {logs}")
     raise EvaluationFailedError(f"a rank failed; the whole log: {logs}")
 

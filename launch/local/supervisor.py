@@ -5,13 +5,16 @@ SIGTERM. A rank asks the kernel to kill it (SIGKILL) when the launcher dies: a r
 in a collective for ever, or write to the run folder beside the launch that follows; checkpoints survive a SIGKILL.
 """
 
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
-from launch.local.ranks import Rank
+from launch.local.ranks import Rank, free_port, num_gpus, rank_environment, start_rank
 from launch.terminal.display import Display
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT
 from pretrain.run.attempt import Attempt
@@ -154,3 +157,58 @@ class Supervisor:
         if self._requests.at_once or (self._killed and not self._ended_early()):
             return EXIT_FAILED
         return EXIT_RESUME_ME
+
+
+@dataclass(frozen=True)
+class RanksEnd:
+    """How a launch's ranks ended."""
+
+    exit_code: int
+    failed: list[Rank]
+    """Ranks that ended in error by themselves, the first to be blamed first."""
+    was_asked_to_stop: bool
+
+
+def run_ranks(
+    command: Sequence[str],
+    num_ranks: int,
+    log: Callable[[int], Path],
+    display: Display,
+    refresh: Callable[[], None],
+    *,
+    variables: Mapping[str, str] | None = None,
+    attempt: Attempt | None = None,
+) -> RanksEnd:
+    """Start ranks on this machine, watch them until all have ended, and show the last lines of one that failed.
+
+    No rank is left running in any case. Must be called from the main thread, which takes the signals.
+
+    Args:
+        command: of every rank.
+        num_ranks: how many.
+        log: the file of each rank's output.
+        display: entered for as long as they run.
+        refresh: called between looks, and once when they have ended.
+        variables: of the ranks' environment, besides those of this process.
+        attempt: the one that the ranks' watchdogs may end; None for ranks that have none.
+    """
+    log(0).parent.mkdir(parents=True, exist_ok=True)
+    inherited, port, gpus = {**os.environ, **(variables or {})}, free_port(), num_gpus()
+    ranks: list[Rank] = []
+    with stop_requests() as requests, display:
+        try:
+            for number in range(num_ranks):
+                environment = rank_environment(number, num_ranks, port, gpus, inherited)
+                ranks.append(start_rank(command, environment, log(number)))
+            supervisor = Supervisor(ranks, requests, display, attempt)
+            exit_code = supervisor.watch(refresh)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        refresh()
+    for rank in supervisor.failed[:1]:
+        display.message(f"rank {rank.number} {rank.how_it_ended()}; its last lines:", "bold red")
+        for line in rank.log_tail():
+            display.message(f"  {line}")
+        display.message(f"the whole log: {rank.log}")
+    return RanksEnd(exit_code, supervisor.failed, requests.requested)

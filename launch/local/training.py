@@ -1,10 +1,9 @@
 """A training on the ranks of this machine, from their start to what their end means for the run."""
 
-import os
 from collections.abc import Mapping, Sequence
 
-from launch.local.ranks import Rank, free_port, num_gpus, rank_command, rank_environment, start_rank
-from launch.local.supervisor import Supervisor, stop_requests
+from launch.local.ranks import Rank, rank_command
+from launch.local.supervisor import run_ranks
 from launch.terminal.display import Display
 from pretrain.config.run import RunConfig
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
@@ -54,35 +53,19 @@ def launch_local(
 
     run_folder = config.run_folder
     attempt = take_attempt(run_folder)
-    attempt.log(0).parent.mkdir(parents=True, exist_ok=True)
-    port, gpus = free_port(), num_gpus()
-    ranks: list[Rank] = []
-    with stop_requests() as requests, display:
-        feed = StatusFeed(attempt, display)
-        try:
-            for number in range(num_ranks):
-                variables = rank_environment(number, num_ranks, port, gpus, {**os.environ, **(environment or {})})
-                variables[VARIABLE] = str(attempt.number)
-                if config.corpus.url:
-                    variables[CORPUS_URL] = config.corpus.url
-                ranks.append(start_rank(rank_command(run_folder), variables, attempt.log(number)))
-            supervisor = Supervisor(ranks, requests, display, attempt)
-            exit_code = supervisor.watch(feed.refresh)
-        finally:
-            for rank in ranks:
-                rank.kill()
-        feed.refresh()
-    for rank in supervisor.failed[:1]:
-        display.message(f"rank {rank.number} {rank.how_it_ended()}; its last lines:", "bold red")
-        for line in rank.log_tail():
-            display.message(f"  {line}")
-        display.message(f"the whole log: {rank.log}")
-    _close_status(attempt, exit_code, supervisor.failed)
-    if exit_code == EXIT_RESUME_ME:
+    variables = {**(environment or {}), VARIABLE: str(attempt.number)}
+    if config.corpus.url:
+        variables[CORPUS_URL] = config.corpus.url
+    feed = StatusFeed(attempt, display)
+    end = run_ranks(
+        rank_command(run_folder), num_ranks, attempt.log, display, feed.refresh, variables=variables, attempt=attempt
+    )
+    _close_status(attempt, end.exit_code, end.failed)
+    if end.exit_code == EXIT_RESUME_ME:
         status = read_status(run_folder)
         where = f" from {status.checkpoint}" if status and status.checkpoint else ""
         display.message(f"interrupted; run the same command again to resume{where}")
-    return exit_code
+    return end.exit_code
 
 
 def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> None:
