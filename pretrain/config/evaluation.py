@@ -4,23 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pretrain.config.cluster import ClusterConfig as ClusterConfig
-from pretrain.config.data import CorpusConfig as CorpusConfig
-from pretrain.config.data import DataConfig as DataConfig
-from pretrain.config.data import FilterConfig as FilterConfig
-from pretrain.config.data import SourceConfig as SourceConfig
-from pretrain.config.data import SplitsConfig as SplitsConfig
-from pretrain.config.data import TokenizerConfig as TokenizerConfig
-from pretrain.config.model import LayerConfig as LayerConfig
-from pretrain.config.model import ModelConfig as ModelConfig
-from pretrain.config.parallel import ParallelConfig as ParallelConfig
-from pretrain.config.section import AbsolutePath as AbsolutePath
 from pretrain.config.section import Count, Section
-from pretrain.config.training import CheckpointConfig as CheckpointConfig
-from pretrain.config.training import OptimizerConfig as OptimizerConfig
-from pretrain.config.training import ScheduleConfig as ScheduleConfig
-from pretrain.config.training import SupervisionConfig as SupervisionConfig
-from pretrain.config.training import TrainingConfig as TrainingConfig
 
 
 class EvaluationConfig(Section):

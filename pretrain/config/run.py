@@ -5,24 +5,19 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pretrain.config.cluster import ClusterConfig as ClusterConfig
-from pretrain.config.data import CorpusConfig as CorpusConfig
-from pretrain.config.data import DataConfig as DataConfig
-from pretrain.config.data import FilterConfig as FilterConfig
-from pretrain.config.data import SourceConfig as SourceConfig
-from pretrain.config.data import SplitsConfig as SplitsConfig
-from pretrain.config.data import TokenizerConfig as TokenizerConfig
+from pretrain.config.cluster import ClusterConfig
+from pretrain.config.data import CorpusConfig, DataConfig
 from pretrain.config.evaluation import EvaluationConfig
-from pretrain.config.model import LayerConfig as LayerConfig
-from pretrain.config.model import ModelConfig as ModelConfig
-from pretrain.config.parallel import ParallelConfig as ParallelConfig
-from pretrain.config.section import AbsolutePath as AbsolutePath
-from pretrain.config.section import Count, Section
-from pretrain.config.training import CheckpointConfig as CheckpointConfig
-from pretrain.config.training import OptimizerConfig as OptimizerConfig
-from pretrain.config.training import ScheduleConfig as ScheduleConfig
-from pretrain.config.training import SupervisionConfig as SupervisionConfig
-from pretrain.config.training import TrainingConfig as TrainingConfig
+from pretrain.config.model import ModelConfig
+from pretrain.config.parallel import ParallelConfig
+from pretrain.config.section import AbsolutePath, Count, Section
+from pretrain.config.training import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SupervisionConfig,
+    TrainingConfig,
+)
 
 
 class PhaseConfig(Section):
@@ -82,19 +77,13 @@ class RunConfig(Section):
         given: dict[str, Any] = {}
         for entry in self.phases[:phase]:
             given |= entry.model_dump(exclude_none=True, exclude={"from_tokens"})
-
-        def section(config: Section, keys: tuple[str, ...]) -> dict[str, Any]:
-            return config.model_dump() | {key: given[key] for key in keys if key in given}
-
-        data = section(self.data, ("sequence_length", "mask_rate", "source_weights"))
         if "mask_rate" in given:
-            data["final_mask_rate"] = None
-        training = section(self.training, ("batch_size", "micro_batch_size"))
+            given["final_mask_rate"] = None
+        sections: dict[str, Section] = {"data": self.data, "training": self.training, "model": self.model}
         return self.model_copy(
             update={
-                "data": DataConfig.model_validate(data),
-                "training": TrainingConfig.model_validate(training),
-                "model": ModelConfig.model_validate(section(self.model, ("rotary_theta",))),
+                name: section.changed({key: given[key] for key in type(section).model_fields if key in given})
+                for name, section in sections.items()
             }
         )
 
@@ -114,7 +103,10 @@ class RunConfig(Section):
         if begins != sorted(set(begins)):
             raise ValueError(f"phases must begin one after another, but their from_tokens are {begins}")
         for phase in range(1, len(self.phases) + 1):
-            self._check_phase(self.in_phase(phase), phase)
+            changed = self.in_phase(phase)
+            longest = changed.data.sequence_length
+            if changed.model.positions == "learned" and longest > changed.model.max_positions:
+                raise ValueError(f"phase {phase}: sequence_length = {longest} is beyond model.max_positions")
         lengths = (phase.sequence_length for phase in self.phases if phase.sequence_length)
         self.parallel.check(self.model.num_heads, (self.data.sequence_length, *lengths))
         if self.training.offload != "none" and self.optimizer.kind == "muon":
@@ -128,8 +120,3 @@ class RunConfig(Section):
                 f"{self.corpus.min_train_shards}; lower the one or raise the other"
             )
         return self
-
-    def _check_phase(self, config: "RunConfig", phase: int) -> None:
-        longest = config.data.sequence_length
-        if config.model.positions == "learned" and longest > config.model.max_positions:
-            raise ValueError(f"phase {phase}: sequence_length = {longest} is beyond model.max_positions")
