@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pretrain.config.section import AbsolutePath, Count, Section, Share
+from pretrain.config.section import AbsolutePath, Count, Fixed, Section, Share
 
 
 def _absolute_unless_url(path: str) -> str:
@@ -111,21 +111,21 @@ class CorpusConfig(Section):
 class DataConfig(Section):
     """How shards become rows."""
 
-    sequence_length: Annotated[int, Field(ge=8)] = 128
+    sequence_length: Fixed[Annotated[int, Field(ge=8)]] = 128
     """Positions per row."""
-    packing: Literal["padded", "packed", "concatenated"] = "padded"
+    packing: Fixed[Literal["padded", "packed", "concatenated"]] = "padded"
     """`padded`: a row holds one document, or one piece of a longer one. `packed`: several, best fit, none cut that
     fits into a row. `concatenated`: documents one after another, cut wherever a row is full."""
-    cut: Literal["full", "even"] = "full"
+    cut: Fixed[Literal["full", "even"]] = "full"
     """How `padded` and `packed` cut a document longer than a row: into full rows and a rest, or evenly."""
-    streams: Count = 64
+    streams: Fixed[Count] = 64
     """Logical streams that the order of rows is cut into; the number of ranks must divide it."""
     on_corrupt: Literal["error", "skip"] = "error"
     """A shard that is missing or not what the manifest says: stop and name it, or go on without its samples, on every
     rank alike, and count them."""
     cache: AbsolutePath | None = None
     """Folder on each node for what it has verified and fetched; by default `diptych` in the user's cache folder."""
-    source_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    source_weights: Fixed[dict[str, Annotated[float, Field(ge=0)]]] = Field(default={})
     """Source -> how often its documents are read each time their shard is; 1 where not given. At 0.5 a document is
     read every other time, at 2 twice each time."""
     cache_bytes: Count = 100 * 2**30
@@ -136,18 +136,18 @@ class DataConfig(Section):
     """Attempts to fetch a file, with growing pauses, before the run stops."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process. The order of rows does not depend on it."""
-    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    mask_rate: Fixed[Annotated[float, Field(gt=0, lt=1)]] = 0.2
     """Share of the tokens (special symbols excluded) that are to be predicted."""
-    final_mask_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    final_mask_rate: Fixed[Annotated[float, Field(gt=0, lt=1)] | None] = None
     """If given, the rate goes linearly from `mask_rate` to this while `training.tokens` positions are dealt; padding
     counts here, since no rank knows what is in the rows of the others."""
-    mask_unit: Literal["token", "span", "whole_word"] = "token"
+    mask_unit: Fixed[Literal["token", "span", "whole_word"]] = "token"
     """What is masked as one: tokens, runs of tokens, or all pieces of a word. The share of tokens is the same."""
-    mean_span_length: Annotated[float, Field(gt=1)] = 3.0
+    mean_span_length: Fixed[Annotated[float, Field(gt=1)]] = 3.0
     """Tokens in a run, on average, for `mask_unit: span`; at least 1 / (1 - mask rate)."""
-    mask_token_share: Share = 0.8
+    mask_token_share: Fixed[Share] = 0.8
     """Of those, the share replaced by [MASK]."""
-    random_token_share: Share = 0.1
+    random_token_share: Fixed[Share] = 0.1
     """Of those, the share replaced by a random piece; the rest stay as they are."""
 
     @model_validator(mode="after")

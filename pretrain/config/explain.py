@@ -2,27 +2,12 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from pretrain.config.run import RunConfig
-
-
-def _section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
-    """The schema class that the keys of `path` live in."""
-    section: Any = RunConfig
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = _keys(section).get(part)
-        if field is None:
-            return None
-        section = next((a for a in (field.annotation, *get_args(field.annotation)) if hasattr(a, "model_fields")), None)
-        if section is None:
-            return None
-    return section
+from pretrain.config.section import fields_of, section_in
 
 
 def explain(problem: Any) -> str:
@@ -30,11 +15,10 @@ def explain(problem: Any) -> str:
     path = ".".join(map(str, problem["loc"])) or "config"
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        section = _section_at(problem["loc"][:-1])
-        keys = list(_keys(section)) if section else []
-        inside = problem["loc"][:-1]
-        nearest = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1, cutoff=0.5)
-        elsewhere = [key for key, _ in _leaves(RunConfig) if key.split(".")[-1] == problem["loc"][-1]]
+        *inside, wrong = problem["loc"]
+        keys = list(fields_of(_section_at(inside)))
+        nearest = difflib.get_close_matches(str(wrong), keys, n=1, cutoff=0.5)
+        elsewhere = [key for key in _leaves(RunConfig) if key.split(".")[-1] == wrong]
         if nearest:
             hint = f"did you mean {'.'.join(map(str, (*inside, nearest[0])))}? "
         else:
@@ -53,14 +37,20 @@ def explain(problem: Any) -> str:
     return f"{path}: {message}" + ("" if isinstance(value, dict | BaseModel) else f" (given: {value!r})")
 
 
-def _keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a section, as they are called in a file."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
+def _section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
+    """The schema class that the keys of `path` live in."""
+    section: type[BaseModel] | None = RunConfig
+    for name in path:
+        if isinstance(name, str):
+            field = fields_of(section).get(name)
+            section = section_in(field) if field else None
+    return section
 
 
-def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in _keys(section).items():
+def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all values in a section and in those inside it, lists not entered."""
+    for name, field in fields_of(section).items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _leaves(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field
+            yield f"{prefix}{name}"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.config.section import Count, Section
+from pretrain.config.section import Count, Free, Section
 
 Theta = Annotated[float, Field(gt=1)]
 
@@ -79,7 +79,7 @@ class ModelConfig(Section):
     """`mup` only: the hidden_size at which `mup` and `standard` are the same."""
     depth_scaled_init: bool = True
     """Scale the initial projections back into the residual stream down by sqrt(2 x num_layers)."""
-    kernel: Literal["auto", "sdpa", "varlen", "flex", "dense"] = "auto"
+    kernel: Free[Literal["auto", "sdpa", "varlen", "flex", "dense"]] = "auto"
     """Attention kernel: `sdpa` (any device), `varlen` (CUDA, bf16), `flex` (no training on CPU), `dense` (the slow
     reference). `auto` chooses by device, precision and rows, and says in the log which and why."""
 

@@ -10,7 +10,7 @@ from pretrain.config.data import CorpusConfig, DataConfig
 from pretrain.config.evaluation import EvaluationConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.parallel import ParallelConfig
-from pretrain.config.section import AbsolutePath, Count, Section
+from pretrain.config.section import AbsolutePath, Count, Fixed, Section
 from pretrain.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -23,19 +23,19 @@ from pretrain.config.training import (
 class PhaseConfig(Section):
     """A part of the run with settings of its own; what it does not give stays as the run has it."""
 
-    from_tokens: Annotated[int, Field(ge=1)]
+    from_tokens: Fixed[Annotated[int, Field(ge=1)]]
     """The phase begins with the first step after this many tokens (padding not counted)."""
-    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    sequence_length: Fixed[Annotated[int, Field(ge=8)] | None] = None
     """Positions per row."""
     batch_size: Count | None = None
     """Rows per optimizer step."""
     micro_batch_size: Count | None = None
     """Largest number of rows that one rank puts through the model at once."""
-    mask_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    mask_rate: Fixed[Annotated[float, Field(gt=0, lt=1)] | None] = None
     """Share of the tokens that are to be predicted, constant during the phase."""
-    rotary_theta: Annotated[float, Field(gt=1)] | None = None
+    rotary_theta: Fixed[Annotated[float, Field(gt=1)] | None] = None
     """Base of the rotary frequencies."""
-    source_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    source_weights: Fixed[dict[str, Annotated[float, Field(ge=0)]] | None] = None
     """As `data.source_weights`, for shards that are begun in the phase."""
 
 
@@ -50,11 +50,11 @@ class RunConfig(Section):
     """Names the run folder; by default the name of the config file."""
     runs: AbsolutePath = Path("runs")
     """Folder of run folders."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Fixed[Annotated[int, Field(ge=0, lt=2**32)]] = 0
     """Decides the initial weights, the order of rows and every mask."""
     corpus: CorpusConfig
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: Fixed[ModelConfig] = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()

@@ -1,9 +1,13 @@
-"""What every section of the configuration is made of: the base class and the kinds of numbers."""
+"""What every section of the configuration is made of: the base class, kinds of values, and how a schema is walked."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
 """A relative path is taken from the working directory of the command, once; the saved config holds it absolute."""
@@ -11,6 +15,19 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 OnOff = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
 """For words among which are on and off: YAML 1.1 reads these two, bare, as booleans."""
+
+
+@dataclass(frozen=True)
+class ChangeOnResume:
+    """A field's marker: whether a run that is resumed with another value is still the same run."""
+
+    allowed: bool
+
+
+Fixed = Annotated[T, ChangeOnResume(allowed=False)]
+"""A setting, or a section of them, that makes a run what it is: with another value it is another run."""
+Free = Annotated[T, ChangeOnResume(allowed=True)]
+"""A setting inside a `Fixed` section that may change all the same."""
 
 
 class Section(BaseModel):
@@ -32,3 +49,14 @@ class Section(BaseModel):
             ValidationError: a value is not allowed, or does not go with the rest.
         """
         return self.model_validate(self.model_dump() | values)
+
+
+def fields_of(section: type[BaseModel] | None) -> dict[str, FieldInfo]:
+    """Name in a config file -> field; empty for None."""
+    return {} if section is None else {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_in(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, or that each item of its list is; None if it holds a plain value."""
+    held = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in held if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

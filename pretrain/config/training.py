@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.config.section import Count, OnOff, Section, Share
+from pretrain.config.section import Count, Fixed, OnOff, Section, Share
 
 
 class MuonConfig(Section):
@@ -24,7 +24,7 @@ class MuonConfig(Section):
 class OptimizerConfig(Section):
     """AdamW for everything, or Muon for the matrices between hidden layers and AdamW for the rest."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Fixed[Literal["adamw", "muon"]] = "adamw"
     """`muon` keeps one moment of a matrix instead of two, and wants a higher learning rate (docs/training.md)."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""

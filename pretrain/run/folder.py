@@ -60,9 +60,12 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     folder = config.run_folder
     saved_config = folder / CONFIG
     lines = []
+    state = newest_state(folder / "checkpoints")
     if saved_config.is_file():
-        differences = changes(load_config(str(saved_config)), public(config))
-        refused = [key for key in falsifying(differences) if key not in allow_change]
+        saved, now = load_config(str(saved_config)), public(config)
+        differences = changes(saved, now)
+        another = falsifying(saved, now, tokens_seen=state.tokens_seen if state else 0)
+        refused = [key for key in another if key not in allow_change]
         if refused:
             listed = "\n".join(f"  {key}: {differences[key][0]} there, {differences[key][1]} now" for key in refused)
             raise UserError(
@@ -75,7 +78,6 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    state = newest_state(folder / "checkpoints")
     if state is not None:
         if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
             raise UserError(

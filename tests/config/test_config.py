@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-from pretrain.config.identity import changes, falsifying
 from pretrain.config.load import config_folder, load_config, to_yaml
 from pretrain.config.model import ModelConfig
 from pretrain.config.topology import check_topology
@@ -124,12 +123,3 @@ def test_unreadable_files_and_unknown_names_say_what_there_is(write):
         load_config(write("include: [loop.yaml]\n", "loop.yaml"))
     with pytest.raises(UserError, match="corpus: required"):
         load_config(write("seed: 1\n", "plain.yaml"))
-
-
-def test_changes_name_leaves_and_only_some_falsify_a_run(write):
-    path = write("corpus: {path: c}\nname: n\n")
-    differences = changes(
-        load_config(path), load_config(path, ["model.num_layers=6", "training.tokens=7", "model.kernel=dense"])
-    )
-    assert differences["model.num_layers"] == (4, 6)
-    assert falsifying(differences) == ["model.num_layers"]
