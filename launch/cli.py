@@ -22,6 +22,7 @@ from launch.commands import (
     sweep,
     train,
 )
+from launch.commands.cluster_options import ClusterCommand
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import redact
@@ -36,56 +37,22 @@ app = typer.Typer(
     epilog="Start with [bold]diptych quickstart[/bold]. "
     "Exit codes: 0 done, 2 your input is wrong, 75 run the same command again to resume, 1 anything else.",
 )
-
-
 app.command()(train.quickstart)
-
-
 app.command()(train.train)
-
-
-app.command()(submit.submit)
-
-
+app.command(cls=ClusterCommand)(submit.submit)
 app.command()(runs.runs)
-
-
 app.command()(plan.plan)
-
-
 app.command()(compare.compare)
-
-
 app.command()(runs.logs)
-
-
 app.command()(runs.cancel)
-
-
 app.command()(runs.resume)
-
-
 app.add_typer(sweep.app, name="sweep")
-
-
 app.add_typer(ladder.app, name="ladder")
-
-
 app.add_typer(data.app, name="data")
-
-
 app.add_typer(evaluate.app, name="evaluate")
-
-
 app.add_typer(checkpoint.app, name="checkpoint")
-
-
 app.command("export-weights")(checkpoint.export_weights)
-
-
 app.add_typer(config.app, name="config")
-
-
 app.add_typer(model.app, name="model")
 
 

@@ -1,66 +1,79 @@
 """The options of `diptych submit` and `diptych sweep` that stand for keys of the config's section `cluster`."""
 
+import inspect
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
+
+METAVARS = {
+    "nodes": "N",
+    "min_nodes": "N",
+    "gpus_per_node": "G",
+    "time": "HH:MM:SS",
+    "partition": "P",
+    "account": "A",
+    "qos": "Q",
+    "mem": "SIZE",
+    "constraint": "F",
+    "exclude": "NODES",
+    "dependency": "D",
+    "array_parallelism": "N",
+    "setup": "LINE",
+    "container": "IMAGE",
+    "signal_delay_s": "SECONDS",
+}
+"""Keys that are options, and what stands for their values in the help. Their types and texts are the schema's."""
+NAMES = {"partition": ("--partition", "-p"), "account": ("--account", "-A"), "signal_delay_s": ("--signal-delay",)}
+"""Names of options that are not called like their keys alone."""
 
 
-def _option(help_text: str, *names: str, metavar: str) -> Any:
-    return typer.Option(*names, help=help_text, metavar=metavar, rich_help_panel="Slurm", show_default=False)
+class ClusterCommand(TyperCommand):
+    """A command with these options besides its own. Their values reach it as `context.obj`, a list of KEY=VALUE.
+
+    The options are made when the command itself is looked at: `diptych --help` must not wait for pydantic.
+    """
+
+    def get_params(self, ctx: Any) -> Any:
+        """Options and arguments, these options included."""
+        if not any(parameter.name in METAVARS for parameter in self.params):
+            self.params = [*self.params, *_make_options()]
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        given = {key: ctx.params.pop(key) for key in METAVARS}
+        ctx.obj = [f"cluster.{key}={json.dumps(value)}" for key, value in given.items() if value not in (None, (), [])]
+        return super().invoke(ctx)
 
 
-Nodes = Annotated[int | None, _option("Nodes to train on.", metavar="N")]
-
-
-MinNodes = Annotated[int | None, _option("Start, and go on, with as few nodes as this.", metavar="N")]
-
-
-GpusPerNode = Annotated[int | None, _option("GPUs of each node, a rank for each.", metavar="G")]
-
-
-Time = Annotated[str | None, _option("Time limit of one start.", metavar="HH:MM:SS")]
-
-
-Partition = Annotated[str | None, _option("Partition.", "--partition", "-p", metavar="P")]
-
-
-Account = Annotated[str | None, _option("Account to charge.", "--account", "-A", metavar="A")]
-
-
-Qos = Annotated[str | None, _option("Quality of service.", metavar="Q")]
-
-
-Mem = Annotated[str | None, _option("Memory of each node, for instance 64G.", metavar="SIZE")]
-
-
-Constraint = Annotated[str | None, _option("Features that nodes must have.", metavar="F")]
-
-
-Exclude = Annotated[str | None, _option("Nodes to stay away from.", metavar="NODES")]
-
-
-Dependency = Annotated[str | None, _option("When to start, for instance afterok:12.", metavar="D")]
-
-
-ArrayParallelism = Annotated[int | None, _option("Members of a sweep that train at the same time.", metavar="N")]
-
-
-Setup = Annotated[list[str] | None, _option("Shell to run first. Repeatable.", metavar="LINE")]
-
-
-Container = Annotated[str | None, _option("Image to run the ranks in.", metavar="IMAGE")]
-
-
-SignalDelay = Annotated[
-    int | None, _option("Save so many seconds before the time limit.", "--signal-delay", metavar="SECONDS")
-]
-
-
-def cluster_overrides(given: Mapping[str, Any]) -> list[str]:
-    """KEY=VALUE changes for those of a command's parameters that are keys of the section `cluster` and were given."""
+def _make_options() -> list[Any]:
+    """Click's options, which Typer makes of a function's signature."""
     from pretrain.config.cluster import ClusterConfig
 
-    keys = ClusterConfig.model_fields
-    return [f"cluster.{key}={json.dumps(value)}" for key, value in given.items() if key in keys and value is not None]
+    def options() -> None:
+        pass
+
+    options.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key, field))
+            for key, field in ClusterConfig.model_fields.items()
+            if key in METAVARS
+        ]
+    )
+    app = typer.Typer(add_completion=False)
+    app.command()(options)
+    return typer.main.get_command(app).params
+
+
+def _annotation(key: str, field: Any) -> Any:
+    """The parameter that stands for a field: its type, and the first sentence of its documentation as help."""
+    repeatable = get_origin(field.annotation) is list
+    kinds = (field.annotation, *get_args(field.annotation))
+    kind = list[str] if repeatable else int if any(kind is int or int in get_args(kind) for kind in kinds) else str
+    text = field.description.split(". ")[0].rstrip(".") + "." + " Repeatable." * repeatable
+    option = typer.Option(
+        *NAMES.get(key, ()), help=text, metavar=METAVARS[key], rich_help_panel="Slurm", show_default=False
+    )
+    return Annotated[kind | None, option]

@@ -1,9 +1,8 @@
 """`diptych data`: build, verify and look at a corpus."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,19 +21,13 @@ ConfigOrCorpus = Annotated[
 ]
 
 
-class OnBad(StrEnum):
-    """What to do with a record that cannot be read."""
-
-    ERROR = "error"
-    SKIP = "skip"
-
-
 @app.command("build")
 def data_build(
     config: Config,
     overrides: Overrides = None,
     on_bad: Annotated[
-        OnBad | None, typer.Option(help="A record that cannot be read: stop and name it, or skip and count it.")
+        Literal["error", "skip"] | None,
+        typer.Option(help="A record that cannot be read: stop and name it, or skip and count it."),
     ] = None,
     parts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="In parts, on several machines; without --part, join them.")
@@ -53,7 +46,7 @@ def data_build(
     from pretrain.config.load import load_config
 
     with resumable():
-        run = load_config(config, [*(overrides or []), *([f"corpus.on_bad={on_bad.value}"] if on_bad else [])])
+        run = load_config(config, [*(overrides or []), *([f"corpus.on_bad={on_bad}"] if on_bad else [])])
         if not run.corpus.sources:
             raise UserError(f"{config} has no corpus.sources to build from; give at least one, each with a path")
         if part is not None and parts is None:

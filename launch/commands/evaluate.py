@@ -3,7 +3,7 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,22 +18,15 @@ probe_app = typer.Typer(no_args_is_help=True, help="Train small encoders on a sy
 app.add_typer(probe_app, name="probe")
 
 
-class Split(StrEnum):
-    """Held-out documents."""
-
-    VALID = "valid"
-    TEST = "test"
-
-
-class Attention(StrEnum):
-    """Kinds of encoders."""
+class _Attention(StrEnum):
+    """Kinds of encoders. Typer knows no lists of `Literal`."""
 
     DUAL_TRIANGLE = "dual_triangle"
     BIDIRECTIONAL = "bidirectional"
     CAUSAL = "causal"
 
 
-class Positions(StrEnum):
+class _Positions(StrEnum):
     """How an encoder is told where its tokens stand."""
 
     NONE = "none"
@@ -41,7 +34,7 @@ class Positions(StrEnum):
     LEARNED = "learned"
 
 
-class Pattern(StrEnum):
+class _Pattern(StrEnum):
     """What the layers of an encoder see, and how they are told where."""
 
     LOCAL_GLOBAL = "local_global"
@@ -61,7 +54,9 @@ def evaluate_context(
         str | None,
         typer.Option(metavar="0.5x,1x,2x,...", help="Multiples of the training length; by default as configured."),
     ] = None,
-    split: Annotated[Split | None, typer.Option(help="Documents to read; by default as configured.")] = None,
+    split: Annotated[
+        Literal["valid", "test"] | None, typer.Option(help="Documents to read; by default as configured.")
+    ] = None,
     corpus: Annotated[
         Path | None, typer.Option(metavar="CORPUS", help="Folder of another corpus of the same tokenizer.")
     ] = None,
@@ -89,7 +84,7 @@ def evaluate_context(
     from launch.terminal.console import make_console
 
     run_folder = find_run(run, folder)
-    changes = [*(overrides or []), *([f"split={split.value}"] if split else [])]
+    changes = [*(overrides or []), *([f"split={split}"] if split else [])]
     with resumable():
         evaluate_run(
             run_folder,
@@ -109,10 +104,10 @@ def evaluate_context(
 @probe_app.command("argmax")
 def evaluate_probe_argmax(
     attention: Annotated[
-        list[Attention] | None, typer.Option(help="A kind of attention; repeatable. By default all three.")
+        list[_Attention] | None, typer.Option(help="A kind of attention; repeatable. By default all three.")
     ] = None,
     positions: Annotated[
-        list[Positions] | None, typer.Option(help="A kind of positions; repeatable. By default none and rotary.")
+        list[_Positions] | None, typer.Option(help="A kind of positions; repeatable. By default none and rotary.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train each kind with the seeds 0 to N - 1.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1000,
@@ -128,8 +123,8 @@ def evaluate_probe_argmax(
     from launch.probe import argmax
     from launch.terminal.console import make_console
 
-    kinds = dict.fromkeys(attention or Attention)
-    told = dict.fromkeys(positions or (Positions.NONE, Positions.ROTARY))
+    kinds = dict.fromkeys(attention or _Attention)
+    told = dict.fromkeys(positions or (_Positions.NONE, _Positions.ROTARY))
     with resumable():
         argmax(out, [a.value for a in kinds], [p.value for p in told], seeds, steps, make_console())
 
@@ -137,11 +132,11 @@ def evaluate_probe_argmax(
 @probe_app.command("passkey")
 def evaluate_probe_passkey(
     attention: Annotated[
-        list[Attention] | None,
+        list[_Attention] | None,
         typer.Option(help="A kind of attention; repeatable. By default dual_triangle and bidirectional."),
     ] = None,
     pattern: Annotated[
-        list[Pattern] | None,
+        list[_Pattern] | None,
         typer.Option(
             help="Of layers; repeatable. local_global: a local rotary one, then a global one without positions."
         ),
@@ -160,7 +155,7 @@ def evaluate_probe_passkey(
     from launch.probe import passkey
     from launch.terminal.console import make_console
 
-    kinds = dict.fromkeys(attention or (Attention.DUAL_TRIANGLE, Attention.BIDIRECTIONAL))
-    layers = dict.fromkeys(pattern or Pattern)
+    kinds = dict.fromkeys(attention or (_Attention.DUAL_TRIANGLE, _Attention.BIDIRECTIONAL))
+    layers = dict.fromkeys(pattern or _Pattern)
     with resumable():
         passkey(out, [a.value for a in kinds], [p.value for p in layers], seeds, steps, make_console())

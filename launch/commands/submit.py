@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import cluster_options as cluster
 from launch.commands.arguments import Config, Overrides, Profile
 
 
 def submit(
+    context: typer.Context,
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Print the scripts that would be sent to sbatch; do nothing.")] = False,
@@ -26,21 +26,6 @@ def submit(
         typer.Option(metavar="KEY", help="Resume although KEY changed, which makes it another run. Repeatable."),
     ] = None,
     profile: Profile = None,
-    nodes: cluster.Nodes = None,
-    min_nodes: cluster.MinNodes = None,
-    gpus_per_node: cluster.GpusPerNode = None,
-    time: cluster.Time = None,
-    partition: cluster.Partition = None,
-    account: cluster.Account = None,
-    qos: cluster.Qos = None,
-    mem: cluster.Mem = None,
-    constraint: cluster.Constraint = None,
-    exclude: cluster.Exclude = None,
-    dependency: cluster.Dependency = None,
-    array_parallelism: cluster.ArrayParallelism = None,
-    setup: cluster.Setup = None,
-    container: cluster.Container = None,
-    signal_delay_s: cluster.SignalDelay = None,
 ) -> None:
     """Queue a config on a Slurm cluster, or its continuation.
 
@@ -50,7 +35,6 @@ def submit(
 
     [bold]Example:[/bold] diptych submit my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
     """
-    changes = [*(overrides or []), *cluster.cluster_overrides(locals())]
     from launch.slurm.in_job import allocation_overrides, prepare_run
     from launch.slurm.scripts import show_scripts
     from launch.slurm.submit import submit as submit_run
@@ -60,7 +44,7 @@ def submit(
     from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
     steps = ProfiledSteps.parse(profile) if profile is not None else None
-    run = load_config(config, [*changes, *(allocation_overrides() if in_job else [])])
+    run = load_config(config, [*(overrides or []), *context.obj, *(allocation_overrides() if in_job else [])])
     if dry_run:
         check_topology(run, run.cluster.nodes * run.cluster.ranks_per_node, run.cluster.ranks_per_node)
         show_scripts(run, make_console(), folder=run.run_folder, name=run.name, evaluate=evaluate)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import cluster_options as cluster
 from launch.commands.arguments import Config, RunByDefault, resumable
+from launch.commands.cluster_options import ClusterCommand
 
 app = typer.Typer(
     cls=RunByDefault,
@@ -15,8 +15,9 @@ app = typer.Typer(
 )
 
 
-@app.command("run")
+@app.command("run", cls=ClusterCommand)
 def sweep_run(
+    context: typer.Context,
     config: Config,
     changes: Annotated[
         list[str] | None,
@@ -34,21 +35,6 @@ def sweep_run(
         bool,
         typer.Option("--in-job", help="In the script of an array: prepare this job's member, and print its folder."),
     ] = False,
-    nodes: cluster.Nodes = None,
-    min_nodes: cluster.MinNodes = None,
-    gpus_per_node: cluster.GpusPerNode = None,
-    time: cluster.Time = None,
-    partition: cluster.Partition = None,
-    account: cluster.Account = None,
-    qos: cluster.Qos = None,
-    mem: cluster.Mem = None,
-    constraint: cluster.Constraint = None,
-    exclude: cluster.Exclude = None,
-    dependency: cluster.Dependency = None,
-    array_parallelism: cluster.ArrayParallelism = None,
-    setup: cluster.Setup = None,
-    container: cluster.Container = None,
-    signal_delay_s: cluster.SignalDelay = None,
 ) -> None:
     """Train a config on every point of a grid, or go on with it.
 
@@ -58,13 +44,12 @@ def sweep_run(
 
     [bold]Example:[/bold] diptych sweep run my.yaml --grid model.attention=dual_triangle,bidirectional seed=1,2,3
     """
-    of_cluster = cluster.cluster_overrides(locals())
     from launch.grid.in_job import prepare_member
     from launch.grid.sweep import is_axis, plan_sweep, run_here, show_sweep, submit_sweep
     from launch.slurm.in_job import allocation_overrides
     from launch.terminal.console import make_console
 
-    overrides = [*(change for change in changes or [] if not is_axis(change)), *of_cluster]
+    overrides = [*(change for change in changes or [] if not is_axis(change)), *context.obj]
     overrides += allocation_overrides() if in_job else []
     axes = [*(grid or []), *(change for change in changes or [] if is_axis(change))]
     console = make_console()

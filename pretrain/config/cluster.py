@@ -80,7 +80,7 @@ class ClusterConfig(Section):
     exclude: str | None = None
     """Nodes to stay away from."""
     dependency: str | None = None
-    """When to start, for instance afterok:1234."""
+    """Condition to start on, for instance afterok:1234."""
     array_parallelism: Count = 4
     """Members of a sweep that train at the same time."""
     setup: list[str] = Field(default=[])

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.commands.cluster_options import METAVARS
 from launch.slurm import submission, submit
 from launch.slurm.submission import (
     fill_folder,
@@ -21,7 +22,7 @@ from launch.slurm.submission import (
     settings,
     submission_folders,
 )
-from pretrain.config.cluster import time_seconds
+from pretrain.config.cluster import ClusterConfig, time_seconds
 from pretrain.config.load import load_config, validate
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
@@ -76,6 +77,25 @@ def test_a_dry_run_prints_both_scripts_and_touches_nothing(tmp_path):
     assert "#SBATCH --nodes=2" in printed
     assert "--dependency=afterok:JOB --kill-on-invalid-dep=yes" in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_option_stands_for_a_key_of_the_section_cluster(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("first.yaml").write_text("corpus: {path: /c}\n")
+    options, rest = [], []
+    for key, value in EVERYTHING.items():
+        if key in METAVARS:
+            name = {"signal_delay_s": "--signal-delay"}.get(key, f"--{key.replace('_', '-')}")
+            options += [word for item in (value if isinstance(value, list) else [value]) for word in (name, str(item))]
+        else:
+            rest.append(f"cluster.{key}={json.dumps(value)}")
+    printed = run_command("submit", "first.yaml", "runs=/shared/my runs", *rest, *options, "--dry-run")
+    golden = (GOLDEN / "train.sbatch").read_text()
+    assert printed.startswith(
+        golden.replace("submissions/001", "submissions/NUMBER").replace("0123456789abcdef", "TOKEN")
+    )
+    assert METAVARS.keys() - EVERYTHING.keys() == {"array_parallelism", "container"}
+    assert METAVARS.keys() <= ClusterConfig.model_fields.keys()
 
 
 def test_a_dry_run_of_a_sweep_also_prints_its_members_and_no_more_of_them_train_at_once_than_asked(tmp_path):
