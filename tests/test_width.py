@@ -43,7 +43,7 @@ def train_each(rank, configs):
     for config in configs:
         trainer = Trainer(config, rank, 2, torch.device("cpu"), StopRequest())
         code = trainer.train()
-        rates = [group["lr"] for group in trainer.engine.zero.param_groups]
+        rates = [group["lr"] for group in trainer.engine.torch_optimizer.param_groups]
         results.append((code, max(rates) / min(rates)))
     return results
 

@@ -18,7 +18,6 @@ from pretrain.checkpoint.folder import (
 from pretrain.errors import UserError
 from pretrain.training.collectives import barrier
 from pretrain.training.zero.engine import Engine
-from pretrain.training.zero.fragments import fragments
 from pretrain.training.zero.optimizer import MOMENTS
 
 log = logging.getLogger(__name__)
@@ -89,9 +88,9 @@ def load_checkpoint(path: Path, engine: Engine) -> TrainingState:
     if fresh:
         log.warning("%s is of another optimizer: its weights are loaded, moments and their steps start over", path)
         engine.forget_moments()
-    for fragment in fragments(engine):
+    for fragment in engine.partition.fragments():
         if fragment.kind == "weight" or not fresh:
             saved.fill(fragment.kind, fragment.parameter, fragment.start, fragment.tensor)
-    engine.refresh_weights()
+    engine.partition.refresh_weights()
     barrier()
     return state

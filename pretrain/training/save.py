@@ -42,7 +42,6 @@ from pretrain.config.training import CheckpointConfig
 from pretrain.files import fsync_path
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.zero.engine import Engine
-from pretrain.training.zero.fragments import fragments_to_save
 
 
 def engine_logits(engine: Engine) -> SavedLogits:
@@ -50,13 +49,12 @@ def engine_logits(engine: Engine) -> SavedLogits:
     vocab_size = engine.parameter_shapes[EMBEDDING][0]
     input_ids = (torch.arange(POSITIONS) * 7919 % vocab_size)[None]
     encoder = engine.module.encoder
-    precision = "fp32" if engine.precision == "fp32" else "autocast" if engine.stage == 0 else "bf16"
     engine.eval()
     with torch.no_grad(), caught_output(engine.module.head) as caught:
         batch = fixed_batch(input_ids)
         engine.forward(batch.to(engine.device), AttentionLayout.from_batch(batch).to(engine.device))
     engine.train()
-    return SavedLogits(input_ids, caught[0], precision, encoder.rotary_theta, encoder.positions_dropped)
+    return SavedLogits(input_ids, caught[0], engine.arithmetic, encoder.rotary_theta, encoder.positions_dropped)
 
 
 SPARE_BYTES = 64 * 2**20
@@ -129,7 +127,7 @@ class CheckpointSaver:
         self._saved: str | None = None
         self._buffer: Tensor | None = None
         if config.background and engine.files is None:
-            numel = sum(fragment.tensor.numel() for fragment in fragments_to_save(engine))
+            numel = sum(fragment.tensor.numel() for fragment in engine.partition.own(engine.partition.fragments()))
             # Written to once, so that the first save does not wait for the kernel to find the memory.
             self._buffer = torch.empty(numel, pin_memory=engine.device.type == "cuda").zero_()
 
@@ -151,7 +149,8 @@ class CheckpointSaver:
             self._engine.files.flush()
         self._engine.see_tokens(state.tokens_seen)
         logits = engine_logits(self._engine)
-        pieces = list(fragments_to_save(self._engine))
+        partition = self._engine.partition
+        pieces = list(partition.own(partition.fragments()))
         values = [piece.tensor for piece in pieces]
         in_background = self._buffer is not None and not at_once
         if in_background:

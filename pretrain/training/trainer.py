@@ -42,7 +42,6 @@ from pretrain.training.step import StepTotals, agree_on_step, evaluate, train_st
 from pretrain.training.zero.construction import build_model, load_deepspeed
 from pretrain.training.zero.engine import Engine
 from pretrain.training.zero.settings import ranks_per_node
-from pretrain.training.zero.timed_collectives import time_collectives
 
 MAX_ROLLBACKS = 3
 """Returns to the same checkpoint, before the run stops after all."""
@@ -90,7 +89,7 @@ class Trainer:
         self._look_back()
         self.stopwatch, self.clock = Stopwatch(), StepClock(device)
         if not self.clock.on_gpu:
-            time_collectives(self.engine.collectives, self.clock)
+            self.engine.time_collectives(self.clock.section)
         self.profiler = StepProfiler(config.run_folder, requested_steps(), rank, device)
         if rank == 0:
             write_environment(config.run_folder, world_size, self.engine.precision, device_name)

@@ -15,7 +15,6 @@ from pretrain.run.records import read_metrics
 from pretrain.training.load import load_checkpoint
 from pretrain.training.save import engine_logits
 from pretrain.training.trainer import Trainer
-from pretrain.training.zero.fragments import fragments
 from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 
@@ -51,7 +50,7 @@ def whole_values(engine) -> dict[str, torch.Tensor]:
     for name, shape in engine.parameter_shapes.items():
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             values[f"{kind}/{name}"] = torch.full((torch.Size(shape).numel(),), -torch.inf)
-    for fragment in fragments(engine):
+    for fragment in engine.partition.fragments():
         values[f"{fragment.kind}/{fragment.parameter}"][fragment.start : fragment.stop] = fragment.tensor
     if dist.get_world_size() > 1:
         for value in values.values():

@@ -20,7 +20,6 @@ from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.training import save as checkpoint_save
 from pretrain.training.save import CheckpointSaver
 from pretrain.training.zero.engine import Engine
-from pretrain.training.zero.fragments import fragments
 from tests.integration.test_whole_runs import diptych, losses, project, start, wait_for
 from tests.ranks import run_on_ranks
 
@@ -59,7 +58,7 @@ class Saving:
 
 def in_the_background(rank, config, folder):
     saving = Saving(config, rank, folder)
-    before = {f"{f.kind}/{f.parameter}/{f.start}": f.tensor.clone() for f in fragments(saving.engine)}
+    before = {f"{f.kind}/{f.parameter}/{f.start}": f.tensor.clone() for f in saving.engine.partition.fragments()}
     gate = threading.Event()
     write = checkpoint_save.write_tensors
 
@@ -71,7 +70,7 @@ def in_the_background(rank, config, folder):
     began = time.monotonic()
     saving.save(1)
     blocked, ended_at_once = time.monotonic() - began, list(saving.saver.finished())
-    for fragment in fragments(saving.engine):
+    for fragment in saving.engine.partition.fragments():
         fragment.tensor.fill_(7.0)  # training goes on
     there_before = saving.there()[0]
     gate.set()

@@ -13,7 +13,6 @@ from pretrain.run.folder import open_run_folder
 from pretrain.run.records import read_metrics
 from pretrain.run.status import read_status
 from pretrain.training.trainer import Trainer
-from pretrain.training.zero.fragments import fragments
 from tests.ranks import run_on_ranks
 
 STAGES = ("none", "optimizer", "gradients", "full")
@@ -151,7 +150,7 @@ def poisoned(rank, config, world_size, what, steps):
         code = trainer.train()
     except FloatingPointError as error:
         code = str(error)
-    finite = all(bool(torch.isfinite(f.tensor).all()) for f in fragments(trainer.engine))
+    finite = all(bool(torch.isfinite(f.tensor).all()) for f in trainer.engine.partition.fragments())
     return code, finite, trainer.state.step, trainer.state.optimizer_steps
 
 

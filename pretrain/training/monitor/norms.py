@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pretrain.model.summary import GROUPS, group_of
 from pretrain.training.zero.engine import Engine
-from pretrain.training.zero.gradients import own_gradients, own_weights
 
 QUANTITIES = ("gradient", "weight", "update")
 
@@ -28,8 +27,9 @@ class Inspection:
 
     def before_update(self) -> None:
         """Gradients are complete, and the optimizer has not moved."""
-        self._own = list(own_weights(self._engine))
-        gradients = own_gradients(self._engine)
+        partition = self._engine.partition
+        self._own = list(partition.own(partition.weights()))
+        gradients = partition.own_gradients()
         self._before = [sample(piece.tensor).clone() for piece in self._own]
         self._add("gradient", [gradients[piece.parameter] for piece in self._own])
         self._add("weight", self._before)

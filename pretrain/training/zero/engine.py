@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch
@@ -21,19 +20,20 @@ from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.training.zero.construction import compile_blocks, load_deepspeed
 from pretrain.training.zero.file_tensors import TensorFiles
-from pretrain.training.zero.fragments import fragments
-from pretrain.training.zero.layout import place_in
-from pretrain.training.zero.muon import Muon, Piece, initial_state
-from pretrain.training.zero.optimizer import build_optimizer, summarize_groups, whole_shape
+from pretrain.training.zero.muon import Muon
+from pretrain.training.zero.optimizer import build_optimizer, give_pieces, summarize_groups
+from pretrain.training.zero.partition import PARTITIONS, whole_shape
 from pretrain.training.zero.settings import (
     COMPUTE,
     ZERO_STAGE,
     accumulation_steps,
+    arithmetic,
     checkpoint_every,
     compiles,
     deepspeed_config,
     resolve_precision,
 )
+from pretrain.training.zero.timed_collectives import Section, time_collectives
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,15 @@ class Engine:
     """A model under ZeRO: forward, backward, and a step that does nothing when the gradients are not finite."""
 
     def __init__(self, model: MaskedLanguageModel, config: RunConfig, world_size: int, device: torch.device) -> None:
+        """Collective."""
         deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
         self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
         """The ranks that this one shares its rows with, if it does."""
-        self.stage = ZERO_STAGE[config.training.sharding]
         self.precision = resolve_precision(config)
+        stage = ZERO_STAGE[config.training.sharding]
+        self._sharded = stage > 0
+        self.arithmetic = arithmetic(self.precision, stage)
         self._encoder = model.encoder
         self._encoder.checkpoint_every = checkpoint_every(config)
         if compiles(config, device):
@@ -56,10 +59,10 @@ class Engine:
         optimizer = build_optimizer(model, config.optimizer, COMPUTE[self.precision])
         for summary in summarize_groups(optimizer.param_groups, config.optimizer.learning_rate):
             log.info("optimizer: %s", summary)
-        parameters = sum(map(math.prod, self.parameter_shapes.values()))
         moments = {id(p): group["moments"] for group in optimizer.param_groups for p in group["params"]}
         self.moments: dict[str, tuple[str, ...]] = {name: moments[id(p)] for name, p in model.named_parameters()}
-        """By parameter, the names of what the optimizer keeps for each of its elements."""
+        """Names of what the optimizer keeps for each element of a parameter, by parameter."""
+        parameters = sum(map(math.prod, self.parameter_shapes.values()))
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -67,57 +70,26 @@ class Engine:
             dist_init_required=False,
         )
         # Alone there is nobody to sum with, but without sharding DeepSpeed copies all gradients as if there were.
-        self._deepspeed.enable_backward_allreduce = self.stage > 0 or world_size > 1
+        self._deepspeed.enable_backward_allreduce = self._sharded or world_size > 1
         self.module: Any = self._deepspeed.module
+        offloaded = config.training.offload != "none"
+        self.partition = PARTITIONS[stage](self.module, self._deepspeed.optimizer, self.moments, offloaded=offloaded)
+        """What this rank holds."""
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
         self.files: TensorFiles | None = None
-        """Where `offload: nvme` keeps moments and, at stage 3, master weights; DeepSpeed has views of those of stages 1
-        and 2, which would stay where they are."""
+        """Files in which `offload: nvme` keeps moments and, where they may move, master weights."""
         if config.training.offload == "nvme" and config.training.offload_folder is not None:
             self.files = TensorFiles(config.training.offload_folder)
-            for _, parameter in self.flat_parameters() if self.stage == 3 else ():
-                parameter.data = self.files.copy_of(parameter)
-        zeros_like = torch.zeros_like if self.files is None else self.files.zeros_like
-        for group, parameter in self.flat_parameters():
-            optimizer.state[parameter].update(initial_state(parameter, group["moments"], zeros_like))
-        if self.stage in (1, 2):
-            self.zero._lazy_init_hp_params_optimizer_state()
-        if self.stage > 0 and isinstance(optimizer, Muon):
-            self._give_pieces(optimizer)
-
-    @property
-    def zero(self) -> Any:
-        """DeepSpeed's optimizer (a plain torch one without sharding)."""
-        return self._deepspeed.optimizer
+            for weights in self.partition.movable_weights():
+                weights.data = self.files.copy_of(weights)
+        self.partition.start_moments(torch.zeros_like if self.files is None else self.files.zeros_like)
+        if self._sharded and isinstance(optimizer, Muon):
+            give_pieces(optimizer, self.partition)
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that does the arithmetic, inside ZeRO's."""
-        return self.zero if self.stage == 0 else self.zero.optimizer
-
-    def flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """The tensors that the torch optimizer's state is keyed by, each with its group."""
-        groups = self.torch_optimizer.param_groups
-        if self.stage == 0:
-            return [(group, p) for group in groups for p in group["params"]]
-        if self.stage < 3:
-            return list(zip(groups, self.zero.single_partition_of_fp32_groups, strict=True))
-        flat = self.zero.fp32_partitioned_groups_flat
-        return [(groups[self.zero.sub_group_to_group_id[number]], tensor) for number, tensor in enumerate(flat)]
-
-    def _give_pieces(self, optimizer: Muon) -> None:
-        """Tell Muon where in ZeRO's flat tensors its matrices lie, on all ranks; collective."""
-        flat = [tensor for _, tensor in self.flat_parameters()]
-        own: list[list[Piece]] = [[] for _ in flat]
-        for fragment in fragments(self):
-            if fragment.kind == "weight":
-                number, offset = place_in(fragment.tensor, flat)
-                own[number].append(Piece(fragment.parameter, fragment.start, fragment.tensor.numel(), offset))
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        pieces = [own] * world_size
-        if world_size > 1:
-            dist.all_gather_object(pieces, own)
-        optimizer.take_pieces(flat, pieces, rank)
+        return self.partition.torch_optimizer
 
     @property
     def collectives(self) -> Any:
@@ -125,6 +97,10 @@ class Engine:
         from deepspeed.comm import comm
 
         return comm.cdb
+
+    def time_collectives(self, section: Section) -> None:
+        """Open `section("communication")` while this rank is in a collective of DeepSpeed, or waits for one."""
+        time_collectives(self.collectives, section)
 
     def place(self, batch: Batch) -> tuple[Batch, AttentionLayout]:
         """Rows of this rank, on its device, with their layout: the part of them that it holds of shared rows."""
@@ -135,7 +111,7 @@ class Engine:
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """`MaskedLanguageModel.forward`, sharded and in the run's precision."""
-        autocast = self.stage == 0 and self.precision == "bf16"
+        autocast = self.arithmetic == "autocast"
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
             return self._deepspeed(batch, layout)
 
@@ -144,8 +120,8 @@ class Engine:
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """After each backward. After a step's last one the optimizer moves, unless a gradient is not finite."""
-        if self.stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
+        """Call it after each backward. After a step's last one the optimizer moves, unless a gradient is not finite."""
+        if not self._sharded and self._deepspeed.is_gradient_accumulation_boundary():
             limit = self.config.optimizer.clip_grad_norm
             self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
             if not math.isfinite(self._norm):
@@ -170,24 +146,24 @@ class Engine:
         self._deepspeed.train()
 
     def eval(self) -> None:
-        """No gradients will be wanted."""
+        """Gradients will not be wanted."""
         self._deepspeed.eval()
 
     @property
     def grad_norm(self) -> float:
         """Global gradient norm of the last step before clipping; not finite if the step was skipped."""
-        if self.stage == 0:
+        if not self._sharded:
             return self._norm
         return float(self._deepspeed.get_global_grad_norm()) if self._deepspeed.was_step_applied() else math.nan
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """For the next step, in every group times the group's own factor."""
-        for group in self.zero.param_groups:
+        """Set it for the next step, in every group times the group's own factor."""
+        for group in self.torch_optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def set_optimizer_steps(self, steps: int) -> None:
         """The optimizer's own step count, which AdamW's bias correction needs."""
-        for _, parameter in self.flat_parameters():
+        for _, parameter in self.partition.flat_parameters():
             self.torch_optimizer.state[parameter]["step"].fill_(steps)
 
     def forget_moments(self) -> None:
@@ -199,17 +175,4 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Steps that the optimizer took: skipped ones are not among them."""
-        return int(self.torch_optimizer.state[self.flat_parameters()[0][1]]["step"])
-
-    def refresh_weights(self) -> None:
-        """Make the weights that the model computes with those of the fp32 master, on all ranks."""
-        if self.stage in (1, 2):
-            self.zero.update_lp_params()
-        elif self.stage == 3:
-            for index, master in enumerate(self.zero.fp32_partitioned_groups_flat):
-                self.zero.fp16_partitioned_groups_flat[index].data.copy_(master.data)
-                self.zero._unflatten_partitioned_parameters(index)
-            persistent = self.zero.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+        return int(self.torch_optimizer.state[self.partition.flat_parameters()[0][1]]["step"])

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain.config.training import OptimizerConfig
 from pretrain.model.encoder import GatedFeedForward, MaskedLanguageModel, SelfAttention
-from pretrain.training.zero.muon import Matrix, Muon
+from pretrain.training.zero.muon import Matrix, Muon, Piece
+from pretrain.training.zero.partition import Partition, whole_shape
 
 MATRICES, OUTPUT, REST = "matrices", "output matrix", "norms and embeddings"
 """The groups, in order. The output matrix is among the matrices where nothing sets it apart from them."""
@@ -18,11 +20,6 @@ MATRICES, OUTPUT, REST = "matrices", "output matrix", "norms and embeddings"
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 """What each optimizer keeps for every element that it moves."""
-
-
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of a parameter that ZeRO may have spread over ranks, which leaves an empty tensor in its place."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _rows_and_columns(matrix: nn.Parameter) -> tuple[int, int]:
@@ -94,6 +91,19 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     shared = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     return Muon(groups, shared | config.muon.model_dump(), dtype)
+
+
+def give_pieces(muon: Muon, partition: Partition) -> None:
+    """Tell Muon where in ZeRO's flat tensors its matrices lie, on all ranks; collective."""
+    flat = [tensor for _, tensor in partition.flat_parameters()]
+    own: list[list[Piece]] = [[] for _ in flat]
+    for fragment, number, offset in partition.placed_weights():
+        own[number].append(Piece(fragment.parameter, fragment.start, fragment.tensor.numel(), offset))
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    pieces = [own] * world_size
+    if world_size > 1:
+        dist.all_gather_object(pieces, own)
+    muon.take_pieces(flat, pieces, rank)
 
 
 @dataclass(frozen=True)

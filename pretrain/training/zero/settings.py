@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,17 @@ def resolve_precision(config: RunConfig) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
     return "bf16" if native else "fp32"
+
+
+def arithmetic(precision: str, stage: int) -> Literal["fp32", "autocast", "bf16"]:
+    """What weights and residual stream are in, and what matrices are multiplied in.
+
+    Both in `fp32` or `bf16`; or, with bf16 at stage 0, weights in fp32 and products in bf16 by autocast, as plain
+    data-parallel training does. DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights.
+    """
+    if precision == "fp32":
+        return "fp32"
+    return "bf16" if stage > 0 else "autocast"
 
 
 def checkpoint_every(config: RunConfig) -> int:
@@ -53,9 +64,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str, paramet
     """DeepSpeed's dict, derived from ours.
 
     Batch sizes in it only tell DeepSpeed how many micro-batches a step has: it never sees the rows. Unsharded runs
-    are clipped by `Engine.step` itself, and compute in bf16 by autocast over fp32 weights, as plain data-parallel
-    training does; DeepSpeed's own bf16 at stage 0 keeps no fp32 master weights. Buckets are sized by the number of
-    parameters.
+    are clipped by `Engine.step` itself. Buckets are sized by the number of parameters.
     """
     micro_batches = accumulation_steps(config, world_size)
     stage = ZERO_STAGE[config.training.sharding]
@@ -83,7 +92,7 @@ def deepspeed_config(config: RunConfig, world_size: int, precision: str, paramet
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32" if config.training.reduce_dtype == "fp32" else None,
-        "bf16": {"enabled": precision == "bf16" and stage > 0, "check_grad_overflow": True},
+        "bf16": {"enabled": arithmetic(precision, stage) == "bf16", "check_grad_overflow": True},
         "gradient_clipping": config.optimizer.clip_grad_norm if stage > 0 else 0.0,
         "steps_per_print": 2**31,
     }

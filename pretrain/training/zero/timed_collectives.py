@@ -1,10 +1,12 @@
-"""DeepSpeed's collectives, with their time charged to a clock."""
+"""DeepSpeed's collectives, each within a section of somebody's clock."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from pretrain.training.monitor.clock import StepClock
+Section = Callable[[str], AbstractContextManager[None]]
+
 
 COLLECTIVES = (
     "all_gather",
@@ -26,29 +28,29 @@ COLLECTIVES = (
 class _TimedWork:
     """A collective that was started; waiting for it is communication."""
 
-    def __init__(self, work: Any, clock: StepClock) -> None:
-        self._work, self._clock = work, clock
+    def __init__(self, work: Any, section: Section) -> None:
+        self._work, self._section = work, section
 
     def wait(self, *arguments: Any) -> Any:
-        """Until it is done."""
-        with self._clock.section("communication"):
+        """Wait until it is done."""
+        with self._section("communication"):
             return self._work.wait(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
 
-def _timed(method: Callable[..., Any], clock: StepClock, *arguments: Any, **named: Any) -> Any:
-    with clock.section("communication"):
+def _timed(method: Callable[..., Any], section: Section, *arguments: Any, **named: Any) -> Any:
+    with section("communication"):
         work = method(*arguments, **named)
-    return _TimedWork(work, clock) if hasattr(work, "wait") else work
+    return _TimedWork(work, section) if hasattr(work, "wait") else work
 
 
-def time_collectives(backend: Any, clock: StepClock) -> None:
-    """Let a clock know how long the host is in the collectives of DeepSpeed's backend, and waits for them.
+def time_collectives(backend: Any, section: Section) -> None:
+    """Open `section("communication")` while the host is in a collective of DeepSpeed's backend, or waits for one.
 
-    On a CPU, that is how long the training waits for communication. A clock that was there before is replaced.
+    On a CPU, that is how long the training waits for communication. A section that was there before is replaced.
     """
     for name in COLLECTIVES:
         if (method := getattr(type(backend), name, None)) is not None:
-            setattr(backend, name, partial(_timed, method.__get__(backend), clock))
+            setattr(backend, name, partial(_timed, method.__get__(backend), section))

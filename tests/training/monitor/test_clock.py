@@ -40,8 +40,8 @@ def seconds(taken: Timing) -> dict[str, float]:
 
 def test_collectives_inside_a_section_are_taken_out_of_it_and_so_is_waiting_for_them(now):
     clock, backend = StepClock(torch.device("cpu")), Backend(now)
-    time_collectives(backend, StepClock(torch.device("cpu")))
-    time_collectives(backend, clock)  # as the next engine of a process does
+    time_collectives(backend, StepClock(torch.device("cpu")).section)
+    time_collectives(backend, clock.section)  # as the next engine of a process does
     with clock.section("data"):
         now.seconds += 4
     with clock.section("backward"):

@@ -13,7 +13,6 @@ from pretrain.training.mock_step import largest_batch
 from pretrain.training.monitor.norms import SAMPLE, Inspection, sample, summarize
 from pretrain.training.step import StepTotals, train_step
 from pretrain.training.zero.engine import Engine
-from pretrain.training.zero.fragments import fragments
 from tests.ranks import run_on_ranks
 
 VOCAB = 60
@@ -30,10 +29,10 @@ def config_of(sharding):
 def weights(engine) -> dict[str, torch.Tensor]:
     """Whole, on every rank."""
     found = {name: torch.zeros(math.prod(shape)) for name, shape in engine.parameter_shapes.items()}
-    for piece in fragments(engine):
+    for piece in engine.partition.fragments():
         if piece.kind == "weight":
             found[piece.parameter][piece.start : piece.stop] = piece.tensor
-    if engine.stage > 0:
+    if engine.config.training.sharding != "none":
         for tensor in found.values():
             dist.all_reduce(tensor)
     return found

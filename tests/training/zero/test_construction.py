@@ -16,7 +16,6 @@ def build(rank, world_size):
     """For each precision: the largest tensor that is left of a parameter, and whether weights are those built whole."""
     from pretrain.training.zero.construction import build_model
     from pretrain.training.zero.engine import Engine
-    from pretrain.training.zero.fragments import fragments
 
     device, results = torch.device("cpu"), []
     for precision in ("fp32", "bf16"):
@@ -28,7 +27,7 @@ def build(rank, world_size):
         largest = max(parameter.numel() for parameter in model.parameters())
         engine = Engine(model, config, world_size, device)
         rounded = {name: (p if precision == "fp32" else p.bfloat16()).detach().float() for name, p in whole.items()}
-        weights = [piece for piece in fragments(engine) if piece.kind == "weight"]
+        weights = [piece for piece in engine.partition.fragments() if piece.kind == "weight"]
         same = [bool((p.tensor == rounded[p.parameter].view(-1)[p.start : p.stop]).all()) for p in weights]
         results.append(
             (largest, len(same), all(same), engine.parameter_shapes == {n: p.shape for n, p in whole.items()})

@@ -14,7 +14,6 @@ from pretrain.training.cost.memory import model_states
 from pretrain.training.cost.plan import optimizer_shape
 from pretrain.training.load import load_checkpoint
 from pretrain.training.trainer import Trainer
-from pretrain.training.zero.fragments import fragments
 from pretrain.training.zero.settings import ZERO_STAGE
 from tests.conftest import tiny_run
 from tests.ranks import NoStop, run_on_ranks
@@ -56,7 +55,7 @@ def train_all(rank, world_size, configs):
 def differing(engine, path):
     """What this rank holds that is not that of a checkpoint; moments must be zero before the optimizer's first step."""
     saved, found = SavedFragments(path), []
-    for fragment in fragments(engine):
+    for fragment in engine.partition.fragments():
         expected = torch.zeros_like(fragment.tensor)
         if fragment.kind == "weight" or engine.optimizer_steps:
             saved.fill(fragment.kind, fragment.parameter, fragment.start, expected)
