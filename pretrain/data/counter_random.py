@@ -3,8 +3,11 @@
 A value is the splitmix64 finalizer (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014;
 constants of Stafford's variant 13) folded over its arguments. Unlike the generators of a library, it is the same in
 every version of everything, for any order of evaluation.
+
+A run's keys begin with its seed and a `Namespace`.
 """
 
+from enum import IntEnum
 from itertools import takewhile
 
 import numpy as np
@@ -17,6 +20,53 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 _ALL = 2**64 - 1
+
+
+class Namespace(IntEnum):
+    """Part of a key after the seed, so that random choices of different kinds are independent.
+
+    No number may change: rows, masks and targets of every run depend on them. The two that are 10 cannot meet, for
+    their keys are of different lengths: each value of `SOURCE_REPEATS` mixes a part more into the state that
+    `TASK_CANDIDATES` would take as it is.
+    """
+
+    SHARD_ORDER = 1
+    """seed, this, epoch, place: the order of the shards in an epoch."""
+    ROW_PLAN = 2
+    """seed, this, visit, phase, `PlanChoice`, place: which pieces stand together, and in which order."""
+    TRAIN_MASKS = 3
+    """seed, this, row: the key of a row's mask; its parts come after it (`masking.mask_in_place`)."""
+    VALID_MASKS = 4
+    """seed, this, row: the same for rows of a run's validation."""
+    CONTEXT_BLOCKS = 6
+    """seed, this, place: which target blocks the context report draws."""
+    CONTEXT_OFFSETS = 7
+    """seed, this, block: where a block lies in its longest window."""
+    CONTEXT_MASKS = 8
+    """seed, this, block: the key of the mask of a block's longest window."""
+    SOURCE_REPEATS = 10
+    """seed, this, shard, document: from which epochs on a weighted source's document is read once more."""
+    TASK_CANDIDATES = 10
+    """seed, this, place: the pieces that keys of the retrieval tasks are made of."""
+    TASK_FILLER = 11
+    """seed, this, task, length, row, column: what surrounds the pairs."""
+    TASK_PAIR = 12
+    """seed, this, task, length, row, half, place: the tokens of a pair."""
+    TASK_DISTRACTORS = 13
+    """seed, this, length, row, place: where other pairs stand; with more parts, their tokens."""
+
+
+class PlanChoice(IntEnum):
+    """Part of a `Namespace.ROW_PLAN` key after the phase."""
+
+    ROW_ORDER = 0
+    """Order of the rows of a visit."""
+    ORDER_IN_ROW = 1
+    """Order of the pieces in a row."""
+    WHICH_PIECE = 2
+    """Which of the pieces of one length goes where."""
+    DOCUMENT_ORDER = 3
+    """Order in which documents are written one after another."""
 
 
 def _finalize(z: UInt64) -> None:

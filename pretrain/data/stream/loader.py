@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.parallel import DataRank
 from pretrain.config.run import RunConfig
-from pretrain.data.counter_random import bits
-from pretrain.data.manifest import TOKENIZER, Manifest, Split
+from pretrain.data.counter_random import Namespace, bits
+from pretrain.data.manifest import TOKENIZER, Manifest
 from pretrain.data.shards.access import ShardAccess
 from pretrain.data.stream.masking import MaskingRule, Rates, mask_in_place, rate_at
 from pretrain.data.stream.packing import PackingRule
@@ -28,10 +28,6 @@ from pretrain.data.stream.rows import STRIP_POSITIONS, Rows
 from pretrain.data.stream.state import ORDER, StreamState
 from pretrain.data.tokenizer import PAD, Tokenizer
 from pretrain.errors import UserError
-
-_MASKS = {"train": 3, "valid": 4, "test": 5}
-"""First part of the key of a row's mask (1 and 2 are the stream's permutations)."""
-
 
 _BLOCK_POSITIONS = 2**18
 """Of this rank, made at a time: enough that numpy's arrays are long, little enough that they stay near the core."""
@@ -72,11 +68,16 @@ def packing_rule(config: RunConfig, manifest: Manifest) -> PackingRule:
 
 
 def read_batch(
-    reader: StreamReader, taken: Taken, shape: tuple[int, int], rule: MaskingRule, keys: tuple[int, Split], rates: Rates
+    reader: StreamReader,
+    taken: Taken,
+    shape: tuple[int, int],
+    rule: MaskingRule,
+    key: tuple[int, Namespace],
+    rates: Rates,
 ) -> Batch:
     """Rows that were taken, masked; rows of padding after them, up to `shape`.
 
-    A row's mask depends on the seed and the split (`keys`), its global number and its rate alone. `rates` is
+    A row's mask depends on seed and namespace (`key`), its global number and its rate alone. `rates` is
     float64 [rows taken].
     """
     # In one piece, which the system gives in large pages where it is as long as a block.
@@ -86,7 +87,7 @@ def read_batch(
     labels[rows:] = IGNORED
     if rows:
         reader.read(taken, Rows(input_ids[:rows], document_ids[:rows], position_ids[:rows]))
-    row_keys = bits(keys[0], _MASKS[keys[1]], taken.numbers)
+    row_keys = bits(*key, taken.numbers)
     strip = max(1, 2 * STRIP_POSITIONS // shape[1])
     for first in range(0, rows, strip):
         part = slice(first, min(first + strip, rows))
@@ -134,7 +135,7 @@ class _TrainingSteps(IterableDataset[StepRows | UserError]):
         rows = len(taken.numbers) // (steps * num_workers)
         taken = taken[np.arange(len(taken.numbers)) // rows % num_workers == worker]
         shape, of_rows = (rows * steps, data.sequence_length), np.repeat(rates, rows)
-        block = read_batch(reader, taken, shape, self._rule, (self._config.seed, "train"), of_rows)
+        block = read_batch(reader, taken, shape, self._rule, (self._config.seed, Namespace.TRAIN_MASKS), of_rows)
         return [StepRows(*pair) for pair in zip(block.split(rows), states, strict=True)]
 
 
@@ -280,4 +281,4 @@ def validation_batches(
         taken = taken[taken.numbers % data_rank.count == data_rank.index]
         rates = np.full(len(taken.numbers), rule.rate)
         shape = wanted, config.data.sequence_length
-        yield read_batch(reader, taken, shape, rule, (config.seed, "valid"), rates)
+        yield read_batch(reader, taken, shape, rule, (config.seed, Namespace.VALID_MASKS), rates)

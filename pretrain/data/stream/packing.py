@@ -11,13 +11,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.counter_random import order_within, permutation, uniform
+from pretrain.data.counter_random import PlanChoice, order_within, permutation, uniform
 
 Ints = npt.NDArray[np.int64]
-
-
-_ROW_ORDER, _ORDER_IN_ROW, _WHICH_PIECE, _DOCUMENT_ORDER = range(4)
-"""Last part of a key, so that the random choices of a plan are independent."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,8 @@ def plan_rows(spans: Spans, rule: PackingRule, *key: int) -> RowPlan:
         key: decides the order, and nothing else does.
     """
     if rule.packing == "concatenated":
-        plan = _concatenate(spans, rule.sequence_length, permutation(len(spans.samples), *key, _DOCUMENT_ORDER))
+        order = permutation(len(spans.samples), *key, PlanChoice.DOCUMENT_ORDER)
+        plan = _concatenate(spans, rule.sequence_length, order)
     else:
         plan = _one_piece_per_row(_cut(spans, rule))
         if rule.packing == "packed":
@@ -148,7 +145,7 @@ def _best_fit(plan: RowPlan, sequence_length: int, *key: int) -> RowPlan:
     kinds = np.repeat(np.cumsum(sizes) - sizes, repeats) - bounds[:-1]
     slots = lengths[np.repeat(kinds, pieces_per_row) + np.arange(bounds[-1])]
     chosen = np.empty(len(slots), dtype=np.int64)
-    chosen[np.argsort(slots, kind="stable")] = order_within(plan.lengths, *key, _WHICH_PIECE)
+    chosen[np.argsort(slots, kind="stable")] = order_within(plan.lengths, *key, PlanChoice.WHICH_PIECE)
     return RowPlan(plan.samples[chosen], plan.starts[chosen], plan.lengths[chosen], bounds)
 
 
@@ -192,8 +189,8 @@ def _in_random_order(plan: RowPlan, *key: int) -> RowPlan:
     """Rows in a random order, and the pieces inside each as well: neither says anything about lengths."""
     sizes = np.diff(plan.bounds)
     new_place = np.empty(len(plan), dtype=np.int64)
-    order = permutation(len(plan), *key, _ROW_ORDER)
+    order = permutation(len(plan), *key, PlanChoice.ROW_ORDER)
     new_place[order] = np.arange(len(plan))
-    pieces = order_within(np.repeat(new_place, sizes), *key, _ORDER_IN_ROW)
+    pieces = order_within(np.repeat(new_place, sizes), *key, PlanChoice.ORDER_IN_ROW)
     bounds = np.concatenate(([0], np.cumsum(sizes[order])))
     return RowPlan(plan.samples[pieces], plan.starts[pieces], plan.lengths[pieces], bounds)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.parallel import SOLE_READER, DataRank
-from pretrain.data.counter_random import permutation
+from pretrain.data.counter_random import Namespace, permutation
 from pretrain.data.manifest import Manifest, ShardEntry, Split
 from pretrain.data.shards.access import ShardAccess
 from pretrain.data.shards.shard import DamagedShardError, Shard
@@ -31,10 +31,6 @@ from pretrain.errors import UserError
 from pretrain.files import sha256_of
 
 log = logging.getLogger(__name__)
-
-
-_SHARDS, _ROWS, _WEIGHTS = 1, 2, 10
-"""First part of a key, so that choices of these kinds are independent (others have the numbers between)."""
 
 
 class RowSource:
@@ -80,7 +76,7 @@ class RowSource:
         epoch, card = divmod(dealt, len(self._entries))
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e > epoch - 3}
-            self._orders[epoch] = permutation(len(self._entries), self._seed, _SHARDS, epoch)
+            self._orders[epoch] = permutation(len(self._entries), self._seed, Namespace.SHARD_ORDER, epoch)
         return int(self._orders[epoch][card])
 
     def open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan]:
@@ -135,14 +131,14 @@ class RowSource:
         begun = next((phase for phase, taken in enumerate(rows) if taken), len(rows) - 1)
         repeats, weights = None, self._rules[begun].source_weights
         if weights:
-            key = (self._seed, _WEIGHTS, self._number(dealt))
-            repeats = repeats_of(np.array(weights)[sources], dealt // len(self._entries), *key)
-        spans = whole_documents(lengths, repeats)
+            shard = (self._seed, Namespace.SOURCE_REPEATS, self._number(dealt))
+            repeats = repeats_of(np.array(weights)[sources], dealt // len(self._entries), *shard)
+        spans, key = whole_documents(lengths, repeats), (self._seed, Namespace.ROW_PLAN, dealt)
         for phase in range(begun, len(rows) - 1):
             if rows[phase]:
-                earlier = plan_rows(spans, self._rules[phase], self._seed, _ROWS, dealt, phase)
+                earlier = plan_rows(spans, self._rules[phase], *key, phase)
                 spans = remaining_spans(earlier, rows[phase])
-        return plan_rows(spans, self._rules[-1], self._seed, _ROWS, dealt, len(rows) - 1)
+        return plan_rows(spans, self._rules[-1], *key, len(rows) - 1)
 
 
 @dataclass(frozen=True)

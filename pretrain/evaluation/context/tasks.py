@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.batch import IGNORED
-from pretrain.data.counter_random import bits, permutation, uniform
+from pretrain.data.counter_random import Namespace, bits, permutation, uniform
 from pretrain.data.tokenizer import BOS, EOS, MASK
 
 Ids = npt.NDArray[np.int64]
@@ -44,11 +44,8 @@ DISTRACTORS = 3
 """Other pairs in `multikey`."""
 
 
-_PIECES, _FILLER, _PAIR, _OTHERS = 10, 11, 12, 13
-"""First parts of the keys of this file's random numbers."""
-
-
 _TASK_NUMBER = {"passkey": 0, "multikey": 1, "copy": 2}
+"""Part of a key after the namespace."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Vocabulary:
         order = np.argsort(-np.where(is_special, -1, counts), kind="stable")
         pieces = order[: max(CANDIDATES, int(((counts > 0) & ~is_special).sum()))]
         frequent = pieces[: max(CANDIDATES, len(pieces) // 2)]
-        chosen = frequent[permutation(len(frequent), seed, _PIECES)[:CANDIDATES]]
+        chosen = frequent[permutation(len(frequent), seed, Namespace.TASK_CANDIDATES)[:CANDIDATES]]
         weights = counts[pieces].astype(np.float64) + 1
         return cls(pieces, np.cumsum(weights) / weights.sum(), np.sort(chosen))
 
@@ -124,7 +121,7 @@ def draw_rows(
         for _ in range(samples)
     ]
     rows, number = len(places), _TASK_NUMBER[task]
-    random = uniform(seed, _FILLER, number, length, np.arange(rows)[:, None], np.arange(length)[None])
+    random = uniform(seed, Namespace.TASK_FILLER, number, length, np.arange(rows)[:, None], np.arange(length)[None])
     inputs = vocabulary.pieces[
         np.searchsorted(vocabulary.cumulative, random, side="right").clip(max=len(vocabulary.pieces) - 1)
     ]
@@ -135,9 +132,11 @@ def draw_rows(
         room = length - 2 - distance - SPAN
         first = 1 + round(depth * room)
         answer, question = (first, first + distance) if SIDES[side] == "past" else (first + distance, first)
-        pair, masked = _pair(task, (seed, _PAIR, number, length, row), vocabulary)
+        pair, masked = _pair(task, (seed, Namespace.TASK_PAIR, number, length, row), vocabulary)
         if task == "multikey":
-            _scatter_others(inputs[row], {first, first + distance}, (seed, _OTHERS, length, row), vocabulary)
+            _scatter_others(
+                inputs[row], {first, first + distance}, (seed, Namespace.TASK_DISTRACTORS, length, row), vocabulary
+            )
         inputs[row, answer : answer + SPAN] = pair
         inputs[row, question : question + SPAN] = np.where(masked, MASK, pair)
         targets[row, question : question + SPAN] = np.where(masked, pair, IGNORED)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pretrain.batch import IGNORED
 from pretrain.config.run import RunConfig
-from pretrain.data.counter_random import bits, permutation, uniform
+from pretrain.data.counter_random import Namespace, bits, permutation, uniform
 from pretrain.data.manifest import Manifest
 from pretrain.data.shards.access import ShardAccess
 from pretrain.data.stream.masking import MaskingRule, mask_rows
@@ -21,10 +21,6 @@ from pretrain.data.tokenizer import BOS, EOS, MASK
 from pretrain.errors import UserError
 
 Ids = npt.NDArray[np.int64]
-
-
-_BLOCKS, _OFFSETS, _MASKS = 6, 7, 8
-"""First parts of the keys of this file's random numbers."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,11 @@ def draw_windows(documents: Sequence[Ids], block: int, longest: int, count: int,
         for start in range(0, len(ids) - block + 1, block)
     ]
     windows = []
-    for key in permutation(len(blocks), seed, _BLOCKS)[:count].tolist():
+    for key in permutation(len(blocks), seed, Namespace.CONTEXT_BLOCKS)[:count].tolist():
         number, start = blocks[key]
         ids = documents[number]
         lowest, highest = max(0, start + block - longest), min(start, len(ids) - longest)
-        begin = lowest + int(uniform(seed, _OFFSETS, key)[0] * (highest - lowest + 1))
+        begin = lowest + int(uniform(seed, Namespace.CONTEXT_OFFSETS, key)[0] * (highest - lowest + 1))
         windows.append(Window(number, len(ids), ids[begin : begin + longest], key, start - begin))
     return windows
 
@@ -116,7 +112,7 @@ def make_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingR
     """The rows of `length` positions for some windows; row-major, their targets are in the same order at any length."""
     offsets = np.array([window.offset for window in windows])
     longest = len(windows[0].ids)
-    keys = bits(seed, _MASKS, np.array([window.key for window in windows]))
+    keys = bits(seed, Namespace.CONTEXT_MASKS, np.array([window.key for window in windows]))
     inputs, labels = mask_rows(np.stack([window.ids for window in windows]), keys, rule)
     if length < block:
         columns = (offsets[:, None] + np.arange(block)).reshape(len(windows), -1)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.batch import IGNORED
 from pretrain.config.data import CorpusConfig
 from pretrain.config.parallel import SOLE_READER, DataRank
 from pretrain.data.build.corpus import build_corpus
-from pretrain.data.counter_random import bits, permutation, uniform
+from pretrain.data.counter_random import bits
 from pretrain.data.manifest import load_manifest
 from pretrain.data.stream.loader import StepRows, training_steps, validation_batches
 from pretrain.data.stream.masking import MaskingRule, mask_rows
@@ -166,9 +167,8 @@ def test_validation_rows_are_the_same_on_any_number_of_ranks(make_config, manife
     config = make_config(training={"validation_rows": 37})
 
     def rows(world_size: int) -> list[bytes]:
-        batches = [
-            b for r in range(world_size) for b in validation_batches(config, manifest, DataRank(r, world_size), 8)
-        ]
+        ranks = [DataRank(rank, world_size) for rank in range(world_size)]
+        batches = [batch for rank in ranks for batch in validation_batches(config, manifest, rank, 8)]
         pairs = [(i, x) for b in batches for i, x in zip(b.input_ids.numpy(), b.labels.numpy(), strict=True)]
         return sorted(i.tobytes() + x.tobytes() for i, x in pairs if i.any())
 
@@ -176,6 +176,15 @@ def test_validation_rows_are_the_same_on_any_number_of_ranks(make_config, manife
     assert len(rows(1)) == 37
     assert rows(1) == rows(2) == rows(4)
     assert len(set(counts)) == 1
+
+
+def test_validation_rows_are_masked_independently_of_the_training_rows_of_the_same_numbers(make_config, manifest):
+    config = make_config(data={"mask_rate": 0.5}, training={"batch_size": 32, "validation_rows": 32})
+    training = next(training_steps(config, manifest, StreamState.start(16), SOLE_READER)).batch
+    validation = next(validation_batches(config, manifest, SOLE_READER, 32))
+    text = (training.input_ids > EOS) & (validation.input_ids > EOS)
+    agree = (training.labels == IGNORED) == (validation.labels == IGNORED)
+    assert agree[text].float().mean() == pytest.approx(0.5, abs=0.06)
 
 
 def test_fewer_shards_than_streams_are_refused(make_config, manifest):
@@ -210,15 +219,6 @@ def test_the_order_of_an_earlier_version_is_refused_and_this_ones_is_fixed(make_
     rule = MaskingRule(0.2, 0.8, 0.1, np.arange(100) < 5)
     masked = mask_rows(np.arange(990).reshape(10, 99) % 100, bits(3, np.arange(10)), rule)
     assert sha256(np.concatenate(masked).tobytes()).hexdigest()[:12] == "edbbb65fec85"
-
-
-def test_counter_random_numbers_are_uniform_and_fixed_for_ever():
-    assert bits(0).tolist() == [0xE220A8397B1DCDAF]  # the first output of splitmix64 from seed 0
-    assert bits(1, 2, 3).tolist() == [0xD0734750FDE362B3]
-    values = uniform(5, np.arange(100_000))
-    assert abs(values.mean() - 0.5) < 0.005
-    assert abs(values.var() - 1 / 12) < 0.002
-    assert sorted(permutation(1000, 3).tolist()) == list(range(1000))
 
 
 def test_rows_that_are_only_counted_move_the_stream_as_rows_that_are_read_do(make_config, manifest):
