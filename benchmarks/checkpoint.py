@@ -21,8 +21,8 @@ import torch.multiprocessing as mp
 
 from benchmarks.timing import Row, compare, machine, write_results
 from pretrain.batch import IGNORED, Batch
-from pretrain.checkpoint.folder import TrainingState, remove_checkpoint
-from pretrain.checkpoint.format import checkpoint_name
+from pretrain.checkpoint.folder import remove_checkpoint
+from pretrain.checkpoint.format import TrainingState, checkpoint_name
 from pretrain.config.load import validate
 from pretrain.config.run import RunConfig
 from pretrain.data.stream.state import StreamState

@@ -36,8 +36,8 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.stream.loader import StepRows, training_steps
 from pretrain.data.stream.state import StreamState
 from pretrain.files import write_json, write_text
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training import trainer
 
 ROOT = Path(__file__).parents[1]
@@ -209,7 +209,7 @@ def measure_loader_share(folder: Path) -> dict[str, float]:
 
         trainer.training_steps = waited_for
         trainer.Trainer(config, 0, 1, torch.device("cpu"), _NoStop()).train()
-        records = [record for record in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in record]
+        records = [record for record in RunFolder(config.run_folder).metrics() if "loss" in record]
         dist.destroy_process_group()
     # The mock step before the first asks for no rows; the first steps wait for the worker to start.
     seconds = sum(record["seconds"] for record in records[WARM_UP_STEPS:])

@@ -14,20 +14,19 @@ from launch.terminal.tables import table
 from pretrain.checkpoint.folder import (
     check_sizes,
     describe_damage,
-    find_checkpoint,
     list_checkpoints,
     load_state,
-    load_weights,
     prunable,
     remove_checkpoint,
-    verify_checkpoint,
 )
-from pretrain.checkpoint.format import SavedFragments, read_manifest, step_of
+from pretrain.checkpoint.format import read_manifest, step_of
 from pretrain.checkpoint.logits import EMBEDDING, compare_logits, load_logits, model_logits
-from pretrain.config.load import load_config
+from pretrain.checkpoint.tensors import SavedFragments, load_weights
+from pretrain.checkpoint.verify import find_checkpoint, verify_checkpoint
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pretrain.files import atomic_path
 from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.run.folder import RunFolder
 
 TIED = "head.weight"
 """What an encoder with tied embeddings does not have of its own."""
@@ -48,36 +47,36 @@ class Export:
     tied: bool
 
 
-def checkpoints_of(run_folder: Path) -> list[Path]:
+def checkpoints_of(run: RunFolder) -> list[Path]:
     """The checkpoints of a run, oldest first.
 
     Raises:
         UserError: there are none.
     """
-    found = list_checkpoints(run_folder / "checkpoints")
+    found = list_checkpoints(run.checkpoints)
     if not found:
-        raise UserError(f"{run_folder} has no checkpoints yet; `diptych runs` says how far the run is")
+        raise UserError(f"{run} has no checkpoints yet; `diptych runs` says how far the run is")
     return found
 
 
-def list_run(run_folder: Path, console: Console) -> None:
+def list_run(run: RunFolder, console: Console) -> None:
     """Print the checkpoints of a run, with what can be told without reading them."""
     rows: list[list[str | Text]] = []
-    for path in checkpoints_of(run_folder):
+    for path in checkpoints_of(run):
         problems = check_sizes(path)
         age = duration(max(0.0, time.time() - path.stat().st_mtime))
         files = [file.stat().st_size for file in path.iterdir() if file.is_file()]
         state = Text("; ".join(problems), style="red") if problems else Text("complete", style="green")
         rows.append([str(step_of(path)), f"{age} ago", str(len(files)), f"{compact(sum(files), ' ')}B", state])
-    made = table(f"Checkpoints of {run_folder.name}", ["step", "saved", "files", "size", "state"], rows, numbers_from=0)
+    made = table(f"Checkpoints of {run.name}", ["step", "saved", "files", "size", "state"], rows, numbers_from=0)
     made.columns[-1].justify = "left"
     console.print(made)
-    say(console, f"By name and size; `diptych checkpoint verify {run_folder.name}` reads every byte.")
+    say(console, f"By name and size; `diptych checkpoint verify {run.name}` reads every byte.")
 
 
-def show_checkpoint(run_folder: Path, step: int | None, console: Console) -> None:
+def show_checkpoint(run: RunFolder, step: int | None, console: Console) -> None:
     """Print what a valid checkpoint holds: its files, and where the run stood."""
-    path = find_checkpoint(run_folder / "checkpoints", step)
+    path = find_checkpoint(run.checkpoints, step)
     manifest, state, index = read_manifest(path), load_state(path), SavedFragments(path).index
     rows = []
     for name, entry in sorted(manifest.files.items()):
@@ -94,17 +93,17 @@ def show_checkpoint(run_folder: Path, step: int | None, console: Console) -> Non
         f"written by {len(index.fragments)} rank(s); {total:,} bytes, {total / parameters:.2f} a parameter\n"
         f"corpus: {state.fingerprint[:12]}\n"
     )
-    made = table(f"Step {state.step} of {run_folder.name}", ["file", "bytes", "sha256", "fragments"], rows)
+    made = table(f"Step {state.step} of {run.name}", ["file", "bytes", "sha256", "fragments"], rows)
     console.print(Group(made, facts, Text(str(path))))
 
 
-def verify_run(run_folder: Path, step: int | None, console: Console) -> int:
+def verify_run(run: RunFolder, step: int | None, console: Console) -> int:
     """Read every byte of a run's checkpoints, or of one; returns the exit code, 1 if something is damaged."""
-    paths = checkpoints_of(run_folder)
+    paths = checkpoints_of(run)
     if step is not None:
         paths = [path for path in paths if step_of(path) == step]
         if not paths:
-            raise UserError(f"{run_folder} has no checkpoint of step {step}; `diptych checkpoint list` shows them")
+            raise UserError(f"{run} has no checkpoint of step {step}; `diptych checkpoint list` shows them")
     damaged = 0
     for path, problems in _verified(paths, console).items():
         damaged += bool(problems)
@@ -125,15 +124,15 @@ def _verified(paths: list[Path], console: Console) -> dict[Path, list[str]]:
     return found
 
 
-def prune_run(run_folder: Path, keep_last: int | None, keep_every: int | None, dry_run: bool, console: Console) -> None:
+def prune_run(run: RunFolder, keep_last: int | None, keep_every: int | None, dry_run: bool, console: Console) -> None:
     """Remove old checkpoints, after reading all: only valid ones count as kept, and damaged ones stay.
 
     What is not given is as in the run's config.
     """
-    config = load_config(str(run_folder / "config.yaml")).checkpoint
+    config = run.public_config().checkpoint
     keep_last = config.keep_last if keep_last is None else keep_last
     keep_every = config.keep_every if keep_every is None else keep_every
-    found = _verified(checkpoints_of(run_folder), console)
+    found = _verified(checkpoints_of(run), console)
     for path, problems in found.items():
         if problems:
             say(console, f"{describe_damage(path, problems)}; it is neither counted nor removed", "yellow")
@@ -148,7 +147,7 @@ def prune_run(run_folder: Path, keep_last: int | None, keep_every: int | None, d
     say(console, f"{len(removed)} {'to remove' if dry_run else 'removed'}, {compact(freed, ' ')}B; kept: step {kept}")
 
 
-def export_weights(run_folder: Path, step: int | None, out: Path) -> Export:
+def export_weights(run: RunFolder, step: int | None, out: Path) -> Export:
     """Write the whole fp32 weights of a checkpoint as a plain safetensors file.
 
     The encoder is built anew from the run's config and these weights, and put to the tokens whose logits were stored
@@ -157,8 +156,8 @@ def export_weights(run_folder: Path, step: int | None, out: Path) -> Export:
     Raises:
         UserError: there is no such valid checkpoint, or the logits differ by more than rounding explains.
     """
-    path = find_checkpoint(run_folder / "checkpoints", step)
-    config, state, weights = load_config(str(run_folder / "config.yaml")), load_state(path), load_weights(path)
+    path = find_checkpoint(run.checkpoints, step)
+    config, state, weights = run.public_config(), load_state(path), load_weights(path)
     tied = config.model.tie_embeddings
     model = MaskedLanguageModel(config.model, len(weights[EMBEDDING]))
     model.load_state_dict(weights | ({TIED: weights[EMBEDDING]} if tied else {}))
@@ -167,7 +166,7 @@ def export_weights(run_folder: Path, step: int | None, out: Path) -> Export:
     if difference > allowed:
         raise UserError(
             f"the weights of {path} do not give the logits that were stored with them: the largest difference is "
-            f"{difference:.3g}, and {allowed:.3g} is allowed. Nothing is written. Is {run_folder / 'config.yaml'} "
+            f"{difference:.3g}, and {allowed:.3g} is allowed. Nothing is written. Is {run.config_file} "
             "still the run's own?"
         )
     metadata = {
@@ -187,12 +186,12 @@ def export_weights(run_folder: Path, step: int | None, out: Path) -> Export:
     return Export(state.step, len(weights), parameters, size, difference, allowed, saved.precision, tied)
 
 
-def export_run(run_folder: Path, step: int | None, out: Path, console: Console) -> None:
+def export_run(run: RunFolder, step: int | None, out: Path, console: Console) -> None:
     """`export_weights`, and what it did."""
-    done = export_weights(run_folder, step, out)
+    done = export_weights(run, step, out)
     say(
         console,
-        f"step {done.step} of {run_folder.name}: {done.tensors} tensors, {done.parameters:,} parameters in fp32, "
+        f"step {done.step} of {run.name}: {done.tensors} tensors, {done.parameters:,} parameters in fp32, "
         f"{compact(done.bytes, ' ')}B",
     )
     if done.tied:

@@ -1,38 +1,37 @@
 """`diptych cancel` and `diptych resume`: for runs on this machine and on Slurm alike."""
 
-import json
 import os
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from launch.slurm.queries import SlurmSilentError, cancel_job, has_slurm, job_states, signal_job
-from launch.slurm.submission import CANCELLED, newest_submission
+from launch.slurm.submission import newest_submission
 from launch.terminal.console import say
-from pretrain.config.load import load_config
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import holder_of, is_locked, machine_id
 
 
-def cancel(run_folders: Sequence[Path], console: Console) -> None:
+def cancel(runs: Sequence[RunFolder], console: Console) -> None:
     """Ask runs to save and end, and take what waits of them out of the queue.
 
     Raises:
         UserError: none of them is at work, or where one is at work cannot be reached from here.
     """
     # The last of a sweep first, so that none begins in the place of one that has ended.
-    ended = [_cancel_jobs(folder, console) or _cancel_here(folder, console) for folder in reversed(run_folders)]
+    ended = [_cancel_jobs(folder, console) or _cancel_here(folder, console) for folder in reversed(runs)]
     if not any(ended):
-        names = ", ".join(folder.name for folder in run_folders)
-        verb = "is neither" if len(run_folders) == 1 else "are neither"
+        names = ", ".join(folder.name for folder in runs)
+        verb = "is neither" if len(runs) == 1 else "are neither"
         raise UserError(f"{names} {verb} queued nor running; `diptych runs` shows what became of it")
 
 
-def _cancel_jobs(run_folder: Path, console: Console) -> bool:
+def _cancel_jobs(run: RunFolder, console: Console) -> bool:
     """End the run's jobs; False where it has none."""
-    submission = newest_submission(run_folder)
+    submission = newest_submission(run)
     if submission is None or not submission.jobs:
         return False
     try:
@@ -44,10 +43,10 @@ def _cancel_jobs(run_folder: Path, console: Console) -> bool:
                 continue
             found = True
             if job == "train":
-                (run_folder / CANCELLED).touch()
+                run.cancelled.touch()
             if job == "train" and not state.is_waiting:
                 signal_job(job_id)
-                say(console, f"job {job_id} saves and ends; `diptych resume {run_folder.name}` goes on from there")
+                say(console, f"job {job_id} saves and ends; `diptych resume {run.name}` goes on from there")
             else:
                 cancel_job(job_id)
                 say(console, f"job {job_id} ({job}) is taken out of the queue")
@@ -56,31 +55,29 @@ def _cancel_jobs(run_folder: Path, console: Console) -> bool:
     return found
 
 
-def _cancel_here(run_folder: Path, console: Console) -> bool:
+def _cancel_here(run: RunFolder, console: Console) -> bool:
     """Ask the launcher on this machine to end; False where the run is not being trained."""
-    from pretrain.run.lock import holder_of, is_held, machine_id
-
-    holder = holder_of(run_folder)
-    if holder is None or not is_held(run_folder):
+    holder = holder_of(run)
+    if holder is None or not is_locked(run):
         return False
     if holder.machine != machine_id() or holder.host != os.uname().nodename:
         raise UserError(
-            f"{run_folder.name} is being trained on {holder.host}, by process {holder.pid}; run this command there"
+            f"{run.name} is being trained on {holder.host}, by process {holder.pid}; run this command there"
         )
     os.kill(holder.pid, signal.SIGTERM)
-    say(console, f"process {holder.pid} saves and ends; `diptych resume {run_folder.name}` goes on from there")
+    say(console, f"process {holder.pid} saves and ends; `diptych resume {run.name}` goes on from there")
     return True
 
 
-def resume(run_folder: Path, console: Console) -> int:
+def resume(run: RunFolder, console: Console) -> int:
     """Start a run again with the config that it has: on Slurm if it was submitted, else here; returns the exit code."""
-    config = load_config(str(run_folder / "config.yaml"))
-    submission = newest_submission(run_folder)
+    config = run.config()
+    submission = newest_submission(run)
     if submission is not None and submission.jobs:
         if not has_slurm():
             raise UserError(
-                f"{run_folder.name} was submitted to Slurm, and there is no sbatch on this machine; resume it on a "
-                f"login node, or train it here with `diptych train {run_folder / 'config.yaml'}`"
+                f"{run.name} was submitted to Slurm, and there is no sbatch on this machine; resume it on a "
+                f"login node, or train it here with `diptych train {run.config_file}`"
             )
         from launch.slurm.submit import submit
 
@@ -88,17 +85,13 @@ def resume(run_folder: Path, console: Console) -> int:
         return 0
     from launch.train import train
 
-    return train(config, ranks_of(run_folder, config), console)
+    return train(config, ranks_of(run, config), console)
 
 
-def ranks_of(run_folder: Path, config: RunConfig) -> int:
+def ranks_of(run: RunFolder, config: RunConfig) -> int:
     """As many ranks as the last time, if this machine has the GPUs for them; else what `diptych train` would take."""
     from launch.local.ranks import num_gpus
     from launch.train import choose_num_ranks
 
-    try:
-        before = int(json.loads((run_folder / "environment.json").read_bytes())["world_size"])
-    except (OSError, ValueError, KeyError):
-        before = None
-    gpus = num_gpus()
+    before, gpus = run.world_size(), num_gpus()
     return choose_num_ranks(config, None if before is None or (gpus and before > gpus) else before)

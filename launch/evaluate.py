@@ -17,7 +17,8 @@ from launch.terminal.progress import StageProgress
 from launch.terminal.tables import fitting_table
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 
 if TYPE_CHECKING:
     from pretrain.evaluation.context.evaluate import Finished
@@ -33,7 +34,7 @@ class EvaluationFailedError(Exception):
 
 
 def evaluate_context(
-    run_folder: Path,
+    run: RunFolder,
     console: Console,
     *,
     step: int | None = None,
@@ -49,7 +50,7 @@ def evaluate_context(
     """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
 
     Args:
-        run_folder: of the run.
+        run: whose encoder is measured.
         console: for progress and the table.
         step: checkpoint to read; the newest by default.
         lengths: multiples of the training length; as configured by default.
@@ -74,7 +75,7 @@ def evaluate_context(
     if gpus and num_ranks > gpus:
         raise UserError(f"--nproc {num_ranks}, but this machine has {gpus} GPUs for one rank each; use at most {gpus}")
     request = Request(
-        run_folder=run_folder,
+        run_folder=run.path,
         step=step,
         lengths=tuple(lengths) if lengths else None,
         corpus=corpus and corpus.absolute(),
@@ -90,7 +91,7 @@ def evaluate_context(
         finished = evaluate(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
     if recalibrate is not None:
         finished = _recalibrated(finished, recalibrate, num_ranks, console)
-    write_report(run_folder, finished.folder, finished.report)
+    write_report(run, finished.folder, finished.report)
     show_report(finished.report, finished.folder, console)
 
 
@@ -98,22 +99,22 @@ def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Co
     """Train on long rows from the report's checkpoint on, or go on with that training, and measure it."""
     from pretrain.config.topology import check_topology
     from pretrain.evaluation.context.evaluate import evaluate_recalibrated
-    from pretrain.evaluation.context.recalibrate import begin, recalibration_config
-    from pretrain.run.folder import open_run_folder
+    from pretrain.evaluation.context.recalibrate import recalibration_config
 
     session = finished.session
     config = recalibration_config(session.plan, tokens, num_ranks)
     check_topology(config, num_ranks)
     open_run_folder(config, load_manifest(config.corpus.path))
-    begin(session.plan, config)
-    status = read_status(config.run_folder)
+    run = RunFolder.of(config)
+    run.begin_with(session.plan.checkpoint)
+    status = run.status()
     if status is None or status.state != "done":
-        say(console, f"recalibrating for {tokens:,} tokens at the longest length, in {config.run_folder}")
+        say(console, f"recalibrating for {tokens:,} tokens at the longest length, in {run}")
         exit_code = launch_local(config, num_ranks, make_display(console))
         if exit_code == EXIT_RESUME_ME:
             raise KeyboardInterrupt
         if exit_code != EXIT_DONE:
-            raise EvaluationFailedError(f"the recalibration failed; its log: {config.run_folder / 'logs'}")
+            raise EvaluationFailedError(f"the recalibration failed; its log: {run.logs}")
     with StageProgress(console) as progress:
         return evaluate_recalibrated(finished, config, tokens, progress.report)
 

@@ -5,8 +5,8 @@ from rich.console import Console
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.data.manifest import Manifest
-from pretrain.run.status import read_status
-from pretrain.training.monitor.profiled_steps import FOLDER, VARIABLE, ProfiledSteps, check_steps
+from pretrain.run.folder import RunFolder
+from pretrain.training.monitor.profiled_steps import VARIABLE, ProfiledSteps, check_steps
 
 
 def profiling(steps: ProfiledSteps | None, config: RunConfig, manifest: Manifest, console: Console) -> dict[str, str]:
@@ -17,19 +17,9 @@ def profiling(steps: ProfiledSteps | None, config: RunConfig, manifest: Manifest
     """
     if steps is None:
         return {}
-    from pretrain.checkpoint.folder import newest_state
-
-    state = newest_state(config.run_folder / "checkpoints")
+    run = RunFolder.of(config)
+    state = run.newest_state()
     if not check_steps(steps, config, manifest.splits["train"], state.step if state else 0):
-        say(console, f"steps {steps} are recorded in {config.run_folder / FOLDER} already")
+        say(console, f"steps {steps} are recorded in {run.profile} already")
         return {}
     return {VARIABLE: str(steps)}
-
-
-def is_complete(config: RunConfig) -> bool:
-    """Whether the run has seen all its tokens, and its last checkpoint is still there."""
-    status = read_status(config.run_folder)
-    if status is None or status.state != "done" or status.checkpoint is None:
-        return False
-    here = (config.run_folder / "checkpoints" / status.checkpoint).is_dir()
-    return here and status.tokens >= config.training.tokens

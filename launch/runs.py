@@ -15,7 +15,9 @@ from launch.slurm.submission import Submission, newest_submission
 from launch.terminal.console import compact, duration
 from launch.terminal.tables import number, table
 from pretrain.errors import UserError
-from pretrain.run.status import LIVE_STATES, STATUS, read_status
+from pretrain.run.attempt import newest_attempt
+from pretrain.run.folder import RunFolder
+from pretrain.run.status import LIVE_STATES
 
 SWEEP = "sweep.json"
 
@@ -29,7 +31,7 @@ class RunRow:
     """One line of `diptych runs`."""
 
     name: str
-    folder: Path
+    run: RunFolder
     state: str
     step: int | None = None
     tokens: int | None = None
@@ -56,25 +58,25 @@ def list_runs(folder: Path, now: float | None = None) -> list[RunRow]:
     if not folder.is_dir():
         return []
     now = time.time() if now is None else now
-    members = [path for sweep in folder.glob(f"*/{SWEEP}") for path in sweep.parent.glob("*/config.yaml")]
-    paths = sorted([*folder.glob("*/config.yaml"), *members])
-    rows = [describe_run(path.parent, now) for path in paths]
-    return [replace(row, name=str(row.folder.relative_to(folder))) for row in rows]
+    members = [run for sweep in folder.glob(f"*/{SWEEP}") for run in RunFolder.inside(sweep.parent)]
+    found = sorted([*RunFolder.inside(folder), *members], key=lambda run: run.config_file)
+    rows = [describe_run(run, now) for run in found]
+    return [replace(row, name=str(row.run.path.relative_to(folder))) for row in rows]
 
 
-def describe_run(run_folder: Path, now: float) -> RunRow:
+def describe_run(run: RunFolder, now: float) -> RunRow:
     """One run as it stands at `now`; a missing or damaged status.json is a state, not an error."""
-    status = read_status(run_folder)
-    ended = last_end(run_folder)
+    status = run.status()
+    ended = last_end(run)
     if status is None:
-        state = "unreadable status.json" if (run_folder / STATUS).exists() else "not started"
-        return RunRow(run_folder.name, run_folder, state, message=ended)
+        state = "unreadable status.json" if run.status_file.exists() else "not started"
+        return RunRow(run.name, run, state, message=ended)
     age_s = max(0.0, now - status.heartbeat)
     live = status.state in LIVE_STATES
     lost = live and age_s > LOST_AFTER_S
     return RunRow(
-        name=run_folder.name,
-        folder=run_folder,
+        name=run.name,
+        run=run,
         state=f"lost (last seen {duration(age_s)} ago)" if lost else status.state,
         step=status.step,
         tokens=status.tokens,
@@ -85,13 +87,13 @@ def describe_run(run_folder: Path, now: float) -> RunRow:
         age_s=age_s,
         message=None if status.state == "done" else status.message or ended,
         seconds_left=status.seconds_left if live and not lost else None,
-        restarts=max(0, len(list(run_folder.glob("attempts/*.json"))) - 1),
+        restarts=max(0, newest_attempt(run) - 1),
     )
 
 
 def with_slurm(rows: list[RunRow]) -> tuple[list[RunRow], str | None]:
     """The rows with what Slurm says of those that were submitted, and a warning where it says nothing at all."""
-    submissions = {row.folder: newest_submission(row.folder) for row in rows}
+    submissions = {row.run: newest_submission(row.run) for row in rows}
     job_ids = {job_id for submission in submissions.values() if submission for job_id in submission.jobs.values()}
     warning = None
     states: dict[str, JobState] | None = None
@@ -101,7 +103,7 @@ def with_slurm(rows: list[RunRow]) -> tuple[list[RunRow], str | None]:
         warning = f"{error}; the states are those that the runs wrote themselves, by their heartbeats"
     found = []
     for row in rows:
-        submission = submissions[row.folder]
+        submission = submissions[row.run]
         found.append(row if submission is None or not submission.jobs else _with_jobs(row, submission, states))
     return found, warning
 
@@ -126,15 +128,15 @@ def _with_jobs(row: RunRow, submission: Submission, states: dict[str, JobState] 
     return replace(row, slurm=" ".join(words), message=error or ended)
 
 
-def find_run(name: str, folder: Path = Path("runs")) -> Path:
+def find_run(name: str, folder: Path = Path("runs")) -> RunFolder:
     """The run folder that `name` means: a path, or a name inside `folder`.
 
     Raises:
         UserError: there is no such run; names the nearest.
     """
     for candidate in (folder / name, Path(name).expanduser()):
-        if (candidate / "config.yaml").is_file():
-            return candidate.absolute()
+        if (run := RunFolder(candidate.absolute())).is_run:
+            return run
     names = [row.name for row in list_runs(folder)]
     nearest = difflib.get_close_matches(name, names, n=1)
     there = f"there are {', '.join(names)}" if names else f"there are no runs in {folder.absolute()}"
@@ -142,17 +144,17 @@ def find_run(name: str, folder: Path = Path("runs")) -> Path:
     raise UserError(f"no run {name!r}: neither a run folder nor a name in {folder.absolute()}; {there}{hint}")
 
 
-def runs_meant(names: Sequence[str], folder: Path) -> list[Path]:
+def runs_meant(names: Sequence[str], folder: Path) -> list[RunFolder]:
     """Run folders by name or path; a folder that holds runs, a sweep's for instance, stands for all of them.
 
     Raises:
         UserError: one of the names is neither.
     """
-    found: list[Path] = []
+    found: list[RunFolder] = []
     for name in names:
         places = [place for place in (folder / name, Path(name).expanduser()) if place.is_dir()][:1]
-        members = [row for place in places if not (place / "config.yaml").is_file() for row in list_runs(place)]
-        found += [row.folder.absolute() for row in members] or [find_run(name, folder)]
+        members = [row for place in places if not RunFolder(place).is_run for row in list_runs(place)]
+        found += [RunFolder(row.run.path.absolute()) for row in members] or [find_run(name, folder)]
     return found
 
 

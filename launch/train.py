@@ -8,12 +8,15 @@ from launch.corpus import ensure_corpus
 from launch.evaluate import evaluate_context
 from launch.local.ranks import num_gpus
 from launch.local.training import launch_local
-from launch.profiling import is_complete, profiling
+from launch.profiling import profiling
 from launch.terminal.console import say
 from launch.terminal.display import make_display
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.errors import EXIT_DONE, UserError
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import run_lock
+from pretrain.run.opening import open_run_folder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
@@ -52,26 +55,24 @@ def train(
     """
     from launch.slurm.submission import refuse_if_queued
 
-    refuse_if_queued(config.run_folder)
+    run = RunFolder.of(config)
+    refuse_if_queued(run)
     manifest = ensure_corpus(config.corpus, console)
-    from pretrain.run.folder import open_run_folder
-    from pretrain.run.lock import run_lock
-
-    with run_lock(config.run_folder):
+    with run_lock(run):
         variables = profiling(profile, config, manifest, console)
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
-        if is_complete(config):
-            say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
+        if run.is_complete(config.training.tokens):
+            say(console, f"{run} is trained to its {config.training.tokens:,} tokens already")
         else:
             where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
-            say(console, f"training {config.name} on {where} in {config.run_folder}")
+            say(console, f"training {config.name} on {where} in {run}")
             exit_code = launch_local(config, num_ranks, make_display(console), variables)
             if exit_code != EXIT_DONE:
                 return exit_code
         if evaluate:
             try:
-                evaluate_context(config.run_folder, console, num_ranks=num_ranks if num_gpus() else 1)
+                evaluate_context(run, console, num_ranks=num_ranks if num_gpus() else 1)
             except UserError as error:
                 raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
     return EXIT_DONE

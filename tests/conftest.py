@@ -92,7 +92,7 @@ def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPat
     config = tiny_run(
         corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
     )
-    from pretrain.run.folder import open_run_folder
+    from pretrain.run.opening import open_run_folder
 
     open_run_folder(config, load_manifest(config.corpus.path))
     run_on_ranks(train_alone, 1, folder / "ranks", config)

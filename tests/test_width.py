@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.width import KINDS, WIDTHS, draw, movement, slopes
-from pretrain.run.folder import open_run_folder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.ranks import StopRequest
 from pretrain.training.trainer import Trainer
 from tests.ranks import run_on_ranks

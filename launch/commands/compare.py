@@ -31,7 +31,7 @@ def compare(
     console, found = make_console(), []
     for name in runs:
         meant = runs_meant([name], folder)
-        written = [run for run in meant if (run / "evaluation" / evaluation / "report.json").is_file()]
+        written = [run for run in meant if run.report(evaluation).is_file()]
         # Of a sweep, what there is so far; of a run that is named, an error.
         if len(written) < len(meant) and written:
             say(console, f"{name}: {len(meant) - len(written)} of {len(meant)} runs have no report, and are left out")

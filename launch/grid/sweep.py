@@ -27,6 +27,7 @@ from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, UserError
 from pretrain.files import write_json, write_text
+from pretrain.run.folder import RunFolder
 
 SEED = "seed"
 """The axis that results are averaged over."""
@@ -139,7 +140,7 @@ def sweep_over(config_name: str, overrides: Sequence[str], axes: Mapping[str, Se
     """As `plan_sweep`, over axes that are made already."""
     base = load_config(config_name, overrides)
     folder = base.run_folder
-    if (folder / "config.yaml").exists():
+    if RunFolder(folder).is_run:
         raise UserError(f"{folder} is a run of its own; give the sweep another name, name=NAME")
     members, configs = members_of(axes), []
     for member in members:
@@ -162,9 +163,8 @@ def read_members(folder: Path) -> list[Member]:
 
 def is_finished(config: RunConfig) -> bool:
     """Whether a member is trained and evaluated."""
-    from launch.profiling import is_complete
-
-    return is_complete(config) and any(config.run_folder.glob("evaluation/*/report.json"))
+    run = RunFolder.of(config)
+    return run.is_complete(config.training.tokens) and bool(run.reports())
 
 
 def run_here(sweep: Sweep, num_ranks: int | None, console: Console) -> int:
@@ -235,7 +235,9 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
     check_script(train_script(first, sweep.folder, "TOKEN", name=sweep.name, members=len(waiting)))
     for config in waiting:
         open_run(config, find_manifest(config), console)
-    folder, submission = new_submission(sweep.folder, first, [config.run_folder for config in waiting])
+    folder, submission = new_submission(
+        RunFolder(sweep.folder).submissions, first, [config.run_folder for config in waiting]
+    )
     scripts = {
         "train": train_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),
         "evaluate": evaluation_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),
@@ -246,7 +248,7 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
     for index, config in enumerate(waiting):
         jobs = {job: f"{job_id}_{index}" for job, job_id in submission.jobs.items()}
         own = Submission(submission.created, submission.token, jobs, submission.commit)
-        own.write(make_folder(config.run_folder))
+        own.write(make_folder(RunFolder.of(config).submissions))
     say(
         console,
         f"queued {len(waiting)} of {len(sweep.configs)} members of {sweep.name} as job {submission.jobs['train']}, "
@@ -257,7 +259,7 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
 
 def _at_work(config: RunConfig, console: Console) -> bool:
     try:
-        refuse_if_queued(config.run_folder)
+        refuse_if_queued(RunFolder.of(config))
     except UserError as error:
         say(console, str(error))
         return True

@@ -13,7 +13,7 @@ from rich.table import Table
 from launch.grid.sweep import SEED, Member, read_members
 from launch.runs import describe_run
 from launch.terminal.tables import table
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 
 PLOT = "curves.png"
 
@@ -44,10 +44,10 @@ def read_results(folder: Path, now: float) -> list[Result]:
     """
     results = []
     for member in read_members(folder):
-        run = folder / member.name
-        validations = [r for r in read_metrics(run / "metrics.jsonl") if "validation_loss" in r]
+        run = RunFolder(folder / member.name)
+        validations = [r for r in run.metrics() if "validation_loss" in r]
         contexts: dict[int, float] = {}
-        for report in sorted(run.glob("evaluation/*/report.json"))[:1]:
+        for report in run.reports()[:1]:
             contexts = {r["length"]: r["loss"] for r in json.loads(report.read_bytes())["results"]}
         losses = [r["validation_loss"] for r in validations]
         state = describe_run(run, now).state

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.run.folder import RunFolder
+
 TAIL_LINES = 15
 
 
@@ -21,9 +23,9 @@ SIGNAL_HINTS = {
 }
 
 
-def rank_command(run_folder: Path) -> list[str]:
+def rank_command(run: RunFolder) -> list[str]:
     """The command of one rank. `-P`: a file in the working directory must not shadow a library's module."""
-    return [sys.executable, "-P", "-m", "pretrain.training", str(run_folder)]
+    return [sys.executable, "-P", "-m", "pretrain.training", str(run)]
 
 
 def num_cores() -> int:

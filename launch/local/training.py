@@ -7,8 +7,10 @@ from launch.local.supervisor import run_ranks
 from launch.terminal.display import Display
 from pretrain.config.run import RunConfig
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
-from pretrain.run.attempt import VARIABLE, Attempt, take_attempt
-from pretrain.run.status import LIVE_STATES, STATUS, read_status
+from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, take_attempt
+from pretrain.run.folder import RunFolder
+from pretrain.run.secrets import CORPUS_URL
+from pretrain.run.status import LIVE_STATES
 from pretrain.training.monitor.heartbeats import end_of
 
 
@@ -23,13 +25,13 @@ class StatusFeed:
     def refresh(self) -> None:
         """Show what is new since the last call."""
         try:
-            modified_ns = (self._attempt.run_folder / STATUS).stat().st_mtime_ns
+            modified_ns = self._attempt.run.status_file.stat().st_mtime_ns
         except OSError:
             return
         if modified_ns == self._modified_ns:
             return
         self._modified_ns = modified_ns
-        status = read_status(self._attempt.run_folder)
+        status = self._attempt.run.status()
         if status is None or status.attempt != self._attempt.number:
             return
         for event in status.events[max(self._events - status.events_before, 0) :]:
@@ -49,20 +51,18 @@ def launch_local(
         0: the run is done; 75: it was asked to stop, has saved and can be resumed; 2: a rank found the user's input
         wrong; 1: anything else. No rank is left running in any case.
     """
-    from pretrain.run.folder import CORPUS_URL
-
-    run_folder = config.run_folder
-    attempt = take_attempt(run_folder)
-    variables = {**(environment or {}), VARIABLE: str(attempt.number)}
+    run = RunFolder.of(config)
+    attempt = take_attempt(run)
+    variables = {**(environment or {}), ATTEMPT_VARIABLE: str(attempt.number)}
     if config.corpus.url:
         variables[CORPUS_URL] = config.corpus.url
     feed = StatusFeed(attempt, display)
     end = run_ranks(
-        rank_command(run_folder), num_ranks, attempt.log, display, feed.refresh, variables=variables, attempt=attempt
+        rank_command(run), num_ranks, attempt.log, display, feed.refresh, variables=variables, attempt=attempt
     )
     _close_status(attempt, end.exit_code, end.failed)
     if end.exit_code == EXIT_RESUME_ME:
-        status = read_status(run_folder)
+        status = run.status()
         where = f" from {status.checkpoint}" if status and status.checkpoint else ""
         display.message(f"interrupted; run the same command again to resume{where}")
     return end.exit_code
@@ -70,11 +70,11 @@ def launch_local(
 
 def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> None:
     """Where the ranks had no time to say that they end, say it for them."""
-    status = read_status(attempt.run_folder)
+    status = attempt.run.status()
     if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE or attempt.superseded_by():
         return
     status.state = "interrupted" if exit_code == EXIT_RESUME_ME or not failed else "failed"
     status.message = end_of(attempt)
     if failed:
         status.message = f"rank {failed[0].number} {failed[0].how_it_ended()}"
-    status.write(attempt.run_folder)
+    attempt.run.write_status(status)

@@ -27,6 +27,7 @@ from pretrain.config.topology import check_topology
 from pretrain.data.manifest import MANIFEST
 from pretrain.errors import EXIT_DONE, UserError
 from pretrain.files import sha256_of
+from pretrain.run.folder import RunFolder
 
 
 def run_quickstart(overrides: Sequence[str]) -> int:
@@ -54,7 +55,7 @@ def run_quickstart(overrides: Sequence[str]) -> int:
         if exit_code != EXIT_DONE:
             return exit_code
     with _stage(console, 4, "Evaluate context extension: rows longer than any it was trained on"):
-        evaluate_context(config.run_folder, console)
+        evaluate_context(RunFolder.of(config), console)
     say(console, f"\nThe whole road took {clock(time.monotonic() - started)}.", "bold")
     _say_what_next(config, console)
     return EXIT_DONE
@@ -82,19 +83,20 @@ def _collect(config: RunConfig, console: Console) -> None:
 def _say_what_next(config: RunConfig, console: Console) -> None:
     """Where everything lies, and commands to go on with."""
     say(console, "\nWhere everything lies", "bold")
+    run = RunFolder.of(config)
     for what, path in (
         ("corpus", config.corpus.path),
-        ("run", config.run_folder),
-        ("checkpoints", config.run_folder / "checkpoints"),
-        ("report", config.run_folder / "evaluation"),
+        ("run", run.path),
+        ("checkpoints", run.checkpoints),
+        ("report", run.evaluation),
     ):
         say(console, f"  {what:<12} {path}")
     diptych = _command("diptych")
     where = [] if config.corpus.path == Path("corpora/quickstart").absolute() else [f"corpus.path={config.corpus.path}"]
     say(console, "\nWhat to try next", "bold")
     for why, command in (
-        ("look at the curves", [_command("tensorboard"), "--logdir", str(config.run_folder / "tensorboard")]),
-        ("evaluate on other documents", [diptych, "evaluate", "context", str(config.run_folder), "--split", "valid"]),
+        ("look at the curves", [_command("tensorboard"), "--logdir", str(run.tensorboard)]),
+        ("evaluate on other documents", [diptych, "evaluate", "context", str(run), "--split", "valid"]),
         (
             "compare with an ordinary bidirectional encoder",
             [diptych, "quickstart", "name=bidirectional", "model.attention=bidirectional", *where],

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launch.profiling import profiling
 from launch.slurm.submission import find_submission, refuse_if_queued
 from launch.slurm.submit import find_manifest, prepare
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
@@ -61,16 +63,14 @@ def prepare_run(
     Raises:
         UserError: the run would fail, or another job is at work on it.
     """
-    job = job_id(environment)
-    if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(config.run_folder, job)):
+    job, run = job_id(environment), RunFolder.of(config)
+    if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(run, job)):
         return folder
-    from launch.profiling import is_complete, profiling
-
     check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
-    refuse_if_queued(config.run_folder)
+    refuse_if_queued(run)
     manifest = find_manifest(config)
-    if is_complete(config):
-        say(console, f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already")
+    if run.is_complete(config.training.tokens):
+        say(console, f"{run} is trained to its {config.training.tokens:,} tokens already")
         return None
     variables = profiling(profile, config, manifest, console)
     folder, submission = prepare(config, manifest, console, allow_change, variables)

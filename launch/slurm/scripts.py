@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 
 from launch.slurm.submission import (
-    SUBMISSIONS,
     cpus_per_rank,
     node_counts,
 )
 from pretrain.config.run import RunConfig
+from pretrain.run.folder import RunFolder
 
 _BODY = """
 submission={submission}
@@ -95,7 +95,7 @@ def show_scripts(
     config: RunConfig, console: Console, *, folder: Path, name: str, evaluate: bool = True, members: int = 0
 ) -> None:
     """Print what would be sent for a run, or for `members` runs as an array; `folder` is that of the run or sweep."""
-    submission = folder / SUBMISSIONS / "NUMBER"
+    submission = RunFolder(folder).submissions / "NUMBER"
     console.out(train_script(config, submission, "TOKEN", name=name, members=members), highlight=False)
     if evaluate:
         after = "aftercorr" if members else "afterok"

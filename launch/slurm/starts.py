@@ -2,9 +2,8 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-JOBS = "jobs.jsonl"
+from pretrain.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,11 @@ class Start:
         return self.why is None or "back into the queue" in self.why or "ended by Slurm" in self.why
 
 
-def read_starts(run_folder: Path) -> list[Start]:
+def read_starts(run: RunFolder) -> list[Start]:
     """All starts, oldest first. A line that a dying node left unfinished is passed over."""
     starts: dict[tuple[str, int], Start] = {}
     try:
-        lines = (run_folder / JOBS).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = run.jobs_file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     for line in lines:
@@ -49,9 +48,9 @@ def read_starts(run_folder: Path) -> list[Start]:
     return list(starts.values())
 
 
-def last_end(run_folder: Path) -> str | None:
+def last_end(run: RunFolder) -> str | None:
     """Why the run's job ended the last time: also that of an earlier start, while a newer one is at work."""
-    starts = read_starts(run_folder)
+    starts = read_starts(run)
     for start, newer in zip(reversed(starts), [None, *reversed(starts)], strict=False):
         if start.why is not None:
             return None if start.why == "done" else start.why

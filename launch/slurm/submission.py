@@ -35,11 +35,7 @@ from pretrain.config.run import RunConfig
 from pretrain.config.topology import works_with
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
-
-CANCELLED = "cancelled"
-"""A file in the run folder: its job must not go back into the queue."""
-SUBMISSIONS = "submissions"
-
+from pretrain.run.folder import RunFolder
 
 RECORD = "submission.json"
 
@@ -73,14 +69,14 @@ class Submission:
         write_json(folder / RECORD, asdict(self))
 
 
-def submission_folders(run_folder: Path) -> list[Path]:
-    """Of a run or a sweep, oldest first."""
-    return sorted(path.parent for path in run_folder.glob(f"{SUBMISSIONS}/*/{RECORD}"))
+def submission_folders(run: RunFolder) -> list[Path]:
+    """Folders of a run's submissions, oldest first."""
+    return sorted(path.parent for path in run.submissions.glob(f"*/{RECORD}"))
 
 
-def newest_submission(run_folder: Path) -> Submission | None:
+def newest_submission(run: RunFolder) -> Submission | None:
     """The last submission of a run; None where there was none."""
-    readable = (_read(folder) for folder in reversed(submission_folders(run_folder)))
+    readable = (_read(folder) for folder in reversed(submission_folders(run)))
     return next((submission for submission in readable if submission is not None), None)
 
 
@@ -91,25 +87,25 @@ def _read(folder: Path) -> Submission | None:
         return None
 
 
-def find_submission(run_folder: Path, job_id: str) -> Path | None:
+def find_submission(run: RunFolder, job_id: str) -> Path | None:
     """The folder of the newest submission of a run whose training is this job; None where there is none."""
-    for folder in reversed(submission_folders(run_folder)):
+    for folder in reversed(submission_folders(run)):
         submission = _read(folder)
         if submission is not None and submission.jobs.get("train") == job_id:
             return folder
     return None
 
 
-def make_folder(base: Path) -> Path:
+def make_folder(submissions: Path) -> Path:
     """The next submission's folder of a run or a sweep, private and empty."""
-    number = max((int(p.name) for p in (base / SUBMISSIONS).glob("[0-9]*") if p.name.isdigit()), default=0) + 1
-    folder = base / SUBMISSIONS / f"{number:03d}"
+    number = max((int(p.name) for p in submissions.glob("[0-9]*") if p.name.isdigit()), default=0) + 1
+    folder = submissions / f"{number:03d}"
     folder.mkdir(parents=True, mode=0o700)
     return folder
 
 
 def new_submission(
-    base: Path, config: RunConfig, members: Sequence[Path] = (), variables: Mapping[str, str] | None = None
+    submissions: Path, config: RunConfig, members: Sequence[Path] = (), variables: Mapping[str, str] | None = None
 ) -> tuple[Path, Submission]:
     """The next submission of a run or a sweep, with all that its jobs need, and its folder.
 
@@ -118,12 +114,12 @@ def new_submission(
     Raises:
         UserError: it cannot be written; nothing of it is left.
     """
-    folder = base / SUBMISSIONS
+    folder = submissions
     try:
-        folder = make_folder(base)
+        folder = make_folder(submissions)
         return folder, fill_folder(folder, config, members, variables)
     except OSError as error:
-        if folder.name != SUBMISSIONS:
+        if folder != submissions:
             shutil.rmtree(folder, ignore_errors=True)
         # shutil collects what went wrong: (from, to, why) for each file.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
@@ -227,7 +223,7 @@ def _container(config: RunConfig) -> tuple[list[str], list[str]]:
     return [f"--container-image={cluster.container}", f"--container-mounts={joined}"], [python]
 
 
-def refuse_if_queued(run_folder: Path) -> None:
+def refuse_if_queued(run: RunFolder) -> None:
     """Refuse to start a run that Slurm has in its queue or on nodes.
 
     Where Slurm does not answer nobody knows; then the run's lock and its attempts keep a second writer out.
@@ -235,7 +231,7 @@ def refuse_if_queued(run_folder: Path) -> None:
     Raises:
         UserError: it has.
     """
-    submission = newest_submission(run_folder)
+    submission = newest_submission(run)
     if submission is None or not submission.jobs:
         return
     try:
@@ -247,6 +243,6 @@ def refuse_if_queued(run_folder: Path) -> None:
         if state is not None and state.is_open:
             doing = "queued" if state.is_waiting else "running"
             raise UserError(
-                f"{run_folder.name} is {doing} already, as job {job_id} ({job}, {state.state}); `diptych cancel "
-                f"{run_folder.name}` ends it, after it has saved; or choose another name=..."
+                f"{run.name} is {doing} already, as job {job_id} ({job}, {state.state}); `diptych cancel "
+                f"{run.name}` ends it, after it has saved; or choose another name=..."
             )

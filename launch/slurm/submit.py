@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launch.profiling import profiling
 from launch.slurm.queries import cancel_job, check_cluster, check_script, submit_script
 from launch.slurm.scripts import evaluation_script, train_script
 from launch.slurm.submission import (
-    CANCELLED,
     Submission,
     new_submission,
     node_counts,
@@ -25,6 +25,9 @@ from pretrain.config.topology import check_topology
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
 from pretrain.errors import UserError
 from pretrain.files import write_text
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import run_lock
+from pretrain.run.opening import open_run_folder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
@@ -45,20 +48,19 @@ def submit(
     Raises:
         UserError: it would fail, be refused by Slurm, or is at work already.
     """
+    run = RunFolder.of(config)
     check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
     if queue:
         check_cluster(config.cluster)
-        refuse_if_queued(config.run_folder)
-    from launch.profiling import is_complete, profiling
-
+        refuse_if_queued(run)
     manifest = find_manifest(config)
     if queue:
-        check_script(train_script(config, config.run_folder, "TOKEN", name=config.name))
+        check_script(train_script(config, run.path, "TOKEN", name=config.name))
         if evaluate:
-            check_script(evaluation_script(config, config.run_folder, "TOKEN", name=config.name))
-    if is_complete(config):
+            check_script(evaluation_script(config, run.path, "TOKEN", name=config.name))
+    if run.is_complete(config.training.tokens):
         raise UserError(
-            f"{config.run_folder} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
+            f"{run} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
         )
     variables = profiling(profile, config, manifest, console)
@@ -80,13 +82,11 @@ def open_run(config: RunConfig, manifest: Manifest, console: Console, allow_chan
     Raises:
         UserError: the run is at work, or its folder holds another run.
     """
-    from pretrain.run.folder import open_run_folder
-    from pretrain.run.lock import run_lock
-
-    with run_lock(config.run_folder):
+    run = RunFolder.of(config)
+    with run_lock(run):
         for line in open_run_folder(config, manifest, allow_change):
             say(console, f"{config.name}: {line}")
-        (config.run_folder / CANCELLED).unlink(missing_ok=True)
+        run.cancelled.unlink(missing_ok=True)
 
 
 def prepare(
@@ -102,7 +102,7 @@ def prepare(
         UserError: see `open_run`.
     """
     open_run(config, manifest, console, allow_change)
-    return new_submission(config.run_folder, config, variables=variables)
+    return new_submission(RunFolder.of(config).submissions, config, variables=variables)
 
 
 def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str], after: str = "afterok") -> None:

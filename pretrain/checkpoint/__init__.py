@@ -8,6 +8,6 @@ A checkpoint is a folder `step-00000100/` that exists completely or not at all:
     state.json              step, tokens, the stream's state, and what they depend on
     MANIFEST.json           bytes and sha256 of each of these, and of itself
 
-Nothing in it is a pickle. What is in the files is format.py; the folder of checkpoints is folder.py; saving and
-loading over ranks are in `pretrain/training/`.
+Nothing in it is a pickle. format.py says what is in the JSON files, tensors.py reads the others, folder.py keeps the
+folder of checkpoints, verify.py finds one that is whole. Saving and loading over ranks are in `pretrain/training/`.
 """

@@ -1,7 +1,7 @@
-"""The files of a checkpoint: what each of them holds, and how it is read without being trusted.
+"""The JSON files of a checkpoint: what each of them holds, and how it is read without being trusted.
 
 Whoever can write a checkpoint can write the digests too. So names, counts and ranges are checked against each other
-and against the files' headers before anything is allocated or copied.
+(here) and against the headers of the tensors' files (tensors.py) before anything is allocated or copied. No torch here.
 """
 
 import hashlib
@@ -12,21 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from pretrain.data.stream.state import PER_STREAM, StreamState
 
-MANIFEST, INDEX, STATE, LOGITS = "MANIFEST.json", "index.json", "state.json", "logits.safetensors"
+MANIFEST_FILE, INDEX_FILE, STATE_FILE, LOGITS_FILE = "MANIFEST.json", "index.json", "state.json", "logits.safetensors"
 
 
 FORMAT = 2
-
-
-PRECISIONS = ("fp32", "bf16", "autocast")
-"""Of logits: fp32; bf16 weights and activations; bf16 under autocast over fp32 weights."""
 
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -34,7 +27,7 @@ MAX_JSON_BYTES = 256 * 2**20
 
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-"""No separator and no dot in front, so that a name cannot lead out of the folder."""
+"""A name that cannot lead out of the folder: it has no separator, and no dot in front."""
 
 
 class _Strict(BaseModel):
@@ -48,7 +41,7 @@ class FileEntry(_Strict):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Manifest(_Strict):
+class CheckpointManifest(_Strict):
     """MANIFEST.json, without the digest of itself."""
 
     format: int
@@ -95,9 +88,9 @@ class TrainingState:
     optimizer_steps: int
     """Steps that the optimizer took."""
     stream: StreamState
-    """Where the rows go on."""
+    """Place at which the rows go on."""
     fingerprint: str
-    """Of the corpus that the stream reads."""
+    """Fingerprint of the corpus that the stream reads."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -120,36 +113,6 @@ class TrainingState:
         return state
 
 
-@dataclass(frozen=True)
-class SavedLogits:
-    """Tokens, their logits, and how these were computed."""
-
-    input_ids: Tensor
-    """int64 [1, P]."""
-    logits: Tensor
-    """float32 [M, vocabulary], of M of the positions."""
-    precision: str
-    """One of PRECISIONS."""
-    rotary_theta: float | None
-    """In place of every layer's own."""
-    positions_dropped: bool
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """For a file."""
-        return {"input_ids": self.input_ids, "logits": self.logits}
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """For the same file."""
-        theta = "" if self.rotary_theta is None else repr(self.rotary_theta)
-        return {
-            "precision": self.precision,
-            "rotary_theta": theta,
-            "positions_dropped": str(int(self.positions_dropped)),
-        }
-
-
 def checkpoint_name(step: int) -> str:
     """Folder name, which sorts by step."""
     return f"step-{step:08d}"
@@ -160,29 +123,29 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> CheckpointManifest:
     """The manifest of a checkpoint.
 
     Raises:
         ValueError: it is missing, damaged, of another format, or of another step than the folder's name.
     """
     try:
-        content = _read_small(path / MANIFEST)
+        content = read_small(path / MANIFEST_FILE)
         value = json.loads(content)
         del value["sha256"]
-        manifest = Manifest.model_validate_json(json.dumps(value))
+        manifest = CheckpointManifest.model_validate_json(json.dumps(value))
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
+        raise ValueError(f"{MANIFEST_FILE} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{MANIFEST} is damaged ({_short(error)})") from error
+        raise ValueError(f"{MANIFEST_FILE} is damaged ({brief(error)})") from error
     if manifest.sealed() != content:
-        raise ValueError(f"{MANIFEST} is damaged")
+        raise ValueError(f"{MANIFEST_FILE} is damaged")
     if manifest.format != FORMAT:
-        raise ValueError(f"{MANIFEST} is of format {manifest.format}, and this version reads format {FORMAT}")
+        raise ValueError(f"{MANIFEST_FILE} is of format {manifest.format}, and this version reads format {FORMAT}")
     if checkpoint_name(manifest.step) != path.name:
-        raise ValueError(f"{MANIFEST} is of step {manifest.step}")
-    if missing := {STATE, INDEX, LOGITS} - manifest.files.keys():
-        raise ValueError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{MANIFEST_FILE} is of step {manifest.step}")
+    if missing := {STATE_FILE, INDEX_FILE, LOGITS_FILE} - manifest.files.keys():
+        raise ValueError(f"{MANIFEST_FILE} lacks {', '.join(sorted(missing))}")
     return manifest
 
 
@@ -193,99 +156,13 @@ def read_state(path: Path) -> TrainingState:
         ValueError: it is not what a save writes.
     """
     try:
-        return TrainingState.from_json(json.loads(_read_small(path / STATE)))
+        return TrainingState.from_json(json.loads(read_small(path / STATE_FILE)))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{STATE} is not a training state ({_short(error)})") from error
+        raise ValueError(f"{STATE_FILE} is not a training state ({brief(error)})") from error
 
 
-def read_logits(path: Path) -> SavedLogits:
-    """The logits in a checkpoint.
-
-    Raises:
-        ValueError: they are not what a save writes.
-    """
-    try:
-        with safe_open(path / LOGITS, framework="pt") as file:
-            metadata = file.metadata()
-            input_ids, logits = (file.get_tensor(name) for name in ("input_ids", "logits"))
-        theta = float(metadata["rotary_theta"]) if metadata["rotary_theta"] else None
-        saved = SavedLogits(input_ids, logits, metadata["precision"], theta, metadata["positions_dropped"] == "1")
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{LOGITS} does not hold logits ({_short(error)})") from error
-    kinds = (input_ids.dtype, logits.dtype, input_ids.ndim, logits.ndim)
-    if kinds != (torch.int64, torch.float32, 2, 2) or saved.precision not in PRECISIONS:
-        raise ValueError(f"{LOGITS} does not hold logits")
-    return saved
-
-
-class SavedFragments:
-    """The ranges in a checkpoint's files, read where they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError if the index is not one."""
-        try:
-            self.index = Index.model_validate_json(_read_small(path / INDEX))
-        except ValueError as error:
-            raise ValueError(f"{INDEX} is not an index ({_short(error)})") from error
-        self._path, self._ranges = path, self.index.ranges()
-        self._files: dict[str, Any] = {}
-
-    def check(self) -> None:
-        """Return only if the index covers every value exactly once, and the files hold what it says.
-
-        Raises:
-            ValueError: naming what does not fit.
-        """
-        numel = self.index.numel
-        if not numel:
-            raise ValueError(f"{INDEX} has no parameters")
-        for (kind, parameter), pieces in self._ranges.items():
-            ends = [0, *(stop for _, stop, _ in pieces)]
-            if ends[:-1] != [start for start, _, _ in pieces] or ends[-1] != numel.get(parameter):
-                raise ValueError(f"{INDEX} does not cover {kind} of {parameter} exactly once")
-        if missing := [name for name in numel if ("weight", name) not in self._ranges]:
-            raise ValueError(f"{INDEX} has no weight of {missing[0]}")
-        for name, entries in self.index.fragments.items():
-            file = self._open(name)
-            expected = {f"{kind}/{parameter}/{start}": [length] for kind, parameter, start, length in entries}
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            shapes = {key: piece.get_shape() for key, piece in slices.items()}
-            if shapes != expected or any(piece.get_dtype() != "F32" for piece in slices.values()):
-                raise ValueError(f"{name} does not hold what {INDEX} says")
-
-    @property
-    def moments(self) -> dict[str, set[str]]:
-        """The kinds of value beside the weight that there are of each parameter."""
-        return {
-            name: {kind for kind, other in self._ranges if other == name} - {"weight"} for name in self.index.shapes
-        }
-
-    def fill(self, kind: str, parameter: str, start: int, target: Tensor) -> None:
-        """Copy elements [start, start + len(target)) of a flattened parameter's value into `target`.
-
-        Raises:
-            ValueError: they are not all there.
-        """
-        stop, filled = start + target.numel(), 0
-        for first, last, file in self._ranges.get((kind, parameter), ()):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                piece = self._open(file).get_slice(f"{kind}/{parameter}/{first}")[low - first : high - first]
-                target[low - start : high - start].copy_(piece)
-                filled += high - low
-        if filled != target.numel():
-            raise ValueError(f"the checkpoint covers {filled} of {target.numel()} elements of {kind} of {parameter}")
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            try:
-                self._files[name] = safe_open(self._path / name, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{name} is not a safetensors file ({_short(error)})") from error
-        return self._files[name]
-
-
-def _read_small(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
+    """The bytes of a JSON file of a checkpoint; raises ValueError where there are too many."""
     if not path.is_file():  # nor a pipe, which would be waited for
         raise FileNotFoundError(f"{path.name} is missing")
     with path.open("rb") as file:
@@ -295,7 +172,7 @@ def _read_small(path: Path) -> bytes:
     return content
 
 
-def _short(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """The first problem of an error, in a line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]

@@ -7,13 +7,15 @@ stored beside them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.checkpoint.format import SavedLogits, read_logits
+from pretrain.checkpoint.format import LOGITS_FILE, brief
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
@@ -27,6 +29,60 @@ EMBEDDING = "encoder.embedding.weight"
 
 POSITIONS, EVERY = 16, 4
 """Length of the one row, and of how many positions one is predicted."""
+
+
+PRECISIONS = ("fp32", "bf16", "autocast")
+"""How logits were computed: fp32; bf16 weights and activations; bf16 under autocast over fp32 weights."""
+
+
+@dataclass(frozen=True)
+class SavedLogits:
+    """Tokens, their logits, and how these were computed."""
+
+    input_ids: Tensor
+    """int64 [1, P]."""
+    logits: Tensor
+    """float32 [M, vocabulary], of M of the positions."""
+    precision: str
+    """One of PRECISIONS."""
+    rotary_theta: float | None
+    """Rotary base in place of every layer's own."""
+    positions_dropped: bool
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the file that holds them."""
+        return {"input_ids": self.input_ids, "logits": self.logits}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the same file."""
+        theta = "" if self.rotary_theta is None else repr(self.rotary_theta)
+        return {
+            "precision": self.precision,
+            "rotary_theta": theta,
+            "positions_dropped": str(int(self.positions_dropped)),
+        }
+
+
+def read_logits(path: Path) -> SavedLogits:
+    """The logits in a checkpoint.
+
+    Raises:
+        ValueError: they are not what a save writes.
+    """
+    try:
+        with safe_open(path / LOGITS_FILE, framework="pt") as file:
+            metadata = file.metadata()
+            input_ids, logits = (file.get_tensor(name) for name in ("input_ids", "logits"))
+        theta = float(metadata["rotary_theta"]) if metadata["rotary_theta"] else None
+        saved = SavedLogits(input_ids, logits, metadata["precision"], theta, metadata["positions_dropped"] == "1")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{LOGITS_FILE} does not hold logits ({brief(error)})") from error
+    kinds = (input_ids.dtype, logits.dtype, input_ids.ndim, logits.ndim)
+    if kinds != (torch.int64, torch.float32, 2, 2) or saved.precision not in PRECISIONS:
+        raise ValueError(f"{LOGITS_FILE} does not hold logits")
+    return saved
 
 
 def model_logits(model: MaskedLanguageModel, saved: SavedLogits) -> Tensor:
@@ -50,7 +106,7 @@ def compare_logits(saved: SavedLogits, computed: Tensor) -> tuple[float, float]:
 
 
 def load_logits(path: Path) -> SavedLogits:
-    """Those of a verified checkpoint.
+    """The logits in a verified checkpoint.
 
     Raises:
         UserError: there are none.

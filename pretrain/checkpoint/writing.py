@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.folder import REPLACED, hidden_name, remove_checkpoint
-from pretrain.checkpoint.format import (
-    FileEntry,
-)
+from pretrain.checkpoint.folder import PUT_ASIDE, hidden_name, remove_checkpoint
+from pretrain.checkpoint.format import FileEntry
 from pretrain.files import fsync_path
 
 CHUNK = 8 * 2**20
@@ -31,7 +29,7 @@ def publish(temporary: Path, target: Path) -> None:
     """Give a finished folder its name; one that has it already is put aside until then, and is deleted after."""
     aside = None
     if target.exists():
-        aside = target.with_name(hidden_name(target.name, REPLACED))
+        aside = target.with_name(hidden_name(target.name, PUT_ASIDE))
         target.rename(aside)
     try:
         temporary.rename(target)

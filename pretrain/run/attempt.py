@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 
-ATTEMPTS = "attempts"
-
-
-VARIABLE = "DIPTYCH_ATTEMPT"
-"""The number that a launcher took for its ranks; without it, rank 0 takes one."""
+ATTEMPT_VARIABLE = "DIPTYCH_ATTEMPT"
+"""The environment variable that holds the number a launcher took for its ranks; without it, rank 0 takes one."""
 
 
 class SupersededError(Exception):
@@ -36,7 +34,7 @@ class SupersededError(Exception):
 class Attempt:
     """One start of a run, as all its ranks see it."""
 
-    run_folder: Path
+    run: RunFolder
     number: int
 
     def superseded_by(self) -> int | None:
@@ -44,7 +42,7 @@ class Attempt:
 
         The folder is listed, rather than one name looked up, because network file systems cache that a name is absent.
         """
-        newest = newest_attempt(self.run_folder)
+        newest = newest_attempt(self.run)
         return newest if newest > self.number else None
 
     def check(self) -> None:
@@ -74,31 +72,31 @@ class Attempt:
 
     def _superseded(self, newer: int) -> SupersededError:
         return SupersededError(
-            f"attempt {newer} has taken over {self.run_folder}; this is attempt {self.number}, which writes nothing "
+            f"attempt {newer} has taken over {self.run}; this is attempt {self.number}, which writes nothing "
             "more and ends"
         )
 
     def log(self, rank: int) -> Path:
-        """Where a rank's output of this attempt goes."""
-        return self.run_folder / "logs" / f"attempt-{self.number:04d}" / f"rank-{rank:04d}.log"
+        """What a rank of this attempt prints."""
+        return self.run.log(self.number, rank)
 
 
-def newest_attempt(run_folder: Path) -> int:
+def newest_attempt(run: RunFolder) -> int:
     """The highest number taken; 0 where there is none."""
     try:
-        numbers = [int(path.stem) for path in (run_folder / ATTEMPTS).iterdir() if path.stem.isdigit()]
+        numbers = [int(path.stem) for path in run.attempts.iterdir() if path.stem.isdigit()]
     except FileNotFoundError:
         return 0
     return max(numbers, default=0)
 
 
-def take_attempt(run_folder: Path) -> Attempt:
+def take_attempt(run: RunFolder) -> Attempt:
     """Take the next number; whoever held the one before is fenced off from now on.
 
     Raises:
         UserError: the run folder cannot be written.
     """
-    folder = run_folder / ATTEMPTS
+    folder = run.attempts
     who = {
         "host": os.uname().nodename,
         "pid": os.getpid(),
@@ -108,18 +106,18 @@ def take_attempt(run_folder: Path) -> Attempt:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         while True:
-            number = newest_attempt(run_folder) + 1
+            number = newest_attempt(run) + 1
             try:
                 with (folder / f"{number:04d}.json").open("x", encoding="utf-8") as file:
                     file.write(json.dumps(who) + "\n")
             except FileExistsError:
                 continue  # somebody else took it between the look and the creation
-            return Attempt(run_folder, number)
+            return Attempt(run, number)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); the run folder must be writable") from error
 
 
-def agree_on_attempt(run_folder: Path) -> Attempt:
+def agree_on_attempt(run: RunFolder) -> Attempt:
     """The attempt that the launcher took, or else one that rank 0 takes now; collective.
 
     Raises:
@@ -128,16 +126,16 @@ def agree_on_attempt(run_folder: Path) -> Attempt:
     """
     import torch.distributed as dist
 
-    box: list[int | str] = [int(os.environ.get(VARIABLE, "0"))]
+    box: list[int | str] = [int(os.environ.get(ATTEMPT_VARIABLE, "0"))]
     if not box[0] and (not dist.is_initialized() or dist.get_rank() == 0):
         try:
-            box = [take_attempt(run_folder).number]
+            box = [take_attempt(run).number]
         except UserError as error:
             box = [str(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], str):
         raise UserError(box[0])
-    attempt = Attempt(run_folder, box[0])
+    attempt = Attempt(run, box[0])
     attempt.check_together()
     return attempt

@@ -3,16 +3,16 @@
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 from pretrain.files import write_json
+from pretrain.run.folder import RunFolder
 
 
-def write_environment(folder: Path, world_size: int, precision: str, device: str) -> None:
-    """What the run ran on; no variables of the environment, which may hold secrets."""
+def write_environment(run: RunFolder, world_size: int, precision: str, device: str) -> None:
+    """Write down what the run runs on; no variables of the environment, which may hold secrets."""
     packages = ("torch", "deepspeed", "webdataset", "sentencepiece", "safetensors", "numpy")
     write_json(
-        folder / "environment.json",
+        run.environment_file,
         {
             "python": platform.python_version(),
             "platform": platform.platform(),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 
 BEAT_S = 1.0
 
@@ -40,7 +41,7 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> "Holder":
-        """Of the process at hand."""
+        """The process at hand."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls(machine_id(), os.uname().nodename, os.getpid(), os.environ.get("SLURM_JOB_ID"), restarts)
 
@@ -58,26 +59,21 @@ def machine_id() -> str:
         return os.uname().nodename
 
 
-def lock_path(run_folder: Path) -> Path:
-    """The lock file of a run: beside its folder, because it is taken before that is made."""
-    return run_folder.with_name(f".{run_folder.name}.lock")
-
-
 @contextmanager
-def run_lock(run_folder: Path) -> Iterator[None]:
+def run_lock(run: RunFolder) -> Iterator[None]:
     """Hold the run, with a heartbeat from a thread, until the block ends.
 
     Raises:
         UserError: another process holds it, or the folder of runs cannot be written.
     """
-    path = lock_path(run_folder)
+    path = run.lock_file
     try:
-        run_folder.parent.mkdir(parents=True, exist_ok=True)
+        run.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
     except OSError as error:
-        raise UserError(f"cannot write to {run_folder.parent} ({error.strerror}); set runs=FOLDER") from error
+        raise UserError(f"cannot write to {run.path.parent} ({error.strerror}); set runs=FOLDER") from error
     with file:
-        _take(file, path, run_folder)
+        _take_lock(file, run)
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="run lock heartbeat")
         beat.start()
@@ -90,37 +86,36 @@ def run_lock(run_folder: Path) -> Iterator[None]:
                 file.truncate(0)  # a clean end: the next start need not watch it
 
 
-def holder_of(run_folder: Path) -> Holder | None:
+def holder_of(run: RunFolder) -> Holder | None:
     """Who has written itself into a run's lock, alive or not; None where the last one ended cleanly."""
     try:
-        with lock_path(run_folder).open("r") as file:
+        with run.lock_file.open("r") as file:
             return _holder(file)
     except OSError:
         return None
 
 
-def is_held(run_folder: Path) -> bool:
+def is_locked(run: RunFolder) -> bool:
     """Whether some process holds the run; one on another machine is watched for up to `OBSERVE_S`."""
-    path = lock_path(run_folder)
+    path = run.lock_file
     try:
         with path.open("r+") as file:
-            free = _kernel_gives(file)
+            free = try_flock(file)
             fcntl.flock(file, fcntl.LOCK_UN)  # not kept while watching: somebody may want to start
-            return _is_held(file, path, Holder.this_process(), free)
+            return _lock_is_held(file, path, Holder.this_process(), free)
     except OSError:
         return False
 
 
-def _take(file: IO[str], path: Path, run_folder: Path) -> None:
+def _take_lock(file: IO[str], run: RunFolder) -> None:
     me = Holder.this_process()
-    if _is_held(file, path, me, _kernel_gives(file)):
+    if _lock_is_held(file, run.lock_file, me, try_flock(file)):
         holder = _holder(file)
         by = f"process {holder.pid} on {holder.host}" if holder else "another process"
         if holder and holder.slurm_job:
             by += f" (Slurm job {holder.slurm_job})"
         raise UserError(
-            f"{run_folder} is being trained already, by {by}; wait for it, end it (it saves first), or choose another "
-            "name=..."
+            f"{run} is being trained already, by {by}; wait for it, end it (it saves first), or choose another name=..."
         )
     file.seek(0)
     file.truncate()
@@ -129,7 +124,7 @@ def _take(file: IO[str], path: Path, run_folder: Path) -> None:
     os.fsync(file.fileno())
 
 
-def _kernel_gives(file: IO[str]) -> bool | None:
+def try_flock(file: IO[str]) -> bool | None:
     """Take the kernel's lock. False: somebody has it; None: this file system has none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,7 +135,7 @@ def _kernel_gives(file: IO[str]) -> bool | None:
     return True
 
 
-def _is_held(file: IO[str], path: Path, me: Holder, free: bool | None) -> bool:
+def _lock_is_held(file: IO[str], path: Path, me: Holder, free: bool | None) -> bool:
     """What `free`, the kernel's word, means; watches the heartbeat where that says nothing."""
     holder = _holder(file)
     if holder is None:

@@ -1,14 +1,8 @@
 """status.json of a run folder: how the run is doing, written by rank 0 and read by whoever watches it."""
 
-import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from pretrain.files import replace_text
-
-STATUS = "status.json"
-
 
 KEPT_EVENTS = 100
 
@@ -35,9 +29,9 @@ class Status(BaseModel):
     mfu: float | None = None
     """Model FLOPs utilisation, 0 to 1; None where the device's peak is not known."""
     time_shares: dict[str, float] | None = None
-    """Of the last steps, validation and saving included; together 1."""
+    """Shares of the time of the last steps, validation and saving included; together 1."""
     peak_memory_bytes: int | None = None
-    """Of the rank that has needed most."""
+    """Peak of the rank that has needed most."""
     planned_memory_bytes: int | None = None
     seconds_left: float | None = None
     validation_loss: float | None = None
@@ -59,25 +53,16 @@ class Status(BaseModel):
     """Events of this attempt that are no longer among them."""
 
     def add_event(self, text: str) -> None:
-        """Something happened."""
+        """Add what has happened."""
         self.events.append(text)
         if len(self.events) > 2 * KEPT_EVENTS:
             self.events_before += len(self.events) - KEPT_EVENTS
             del self.events[:-KEPT_EVENTS]
 
-    def write(self, run_folder: Path) -> None:
-        """Replace status.json in one step; not flushed to the disk, since it is of no use after a crash."""
-        replace_text(run_folder / STATUS, self.model_dump_json(indent=1))
 
-    def beat(self, run_folder: Path) -> None:
-        """Write it as of now."""
-        self.heartbeat = time.time()
-        self.write(run_folder)
-
-
-def read_status(run_folder: Path) -> Status | None:
-    """The status of a run; None where there is none, or none that can be read."""
+def parse_status(file: Path) -> Status | None:
+    """The status in a file; None where there is none, or none that can be read."""
     try:
-        return Status.model_validate_json((run_folder / STATUS).read_bytes())
+        return Status.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from pretrain.errors import EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import RedactingFormatter, redact
 from pretrain.run.attempt import Attempt, SupersededError
+from pretrain.run.folder import RunFolder
 from pretrain.training.monitor.heartbeats import end_of
 from pretrain.training.ranks import StopRequest, die_with_launcher, end_rank, hold_run, join_ranks
 
@@ -26,13 +27,12 @@ def main(run_folder: str) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     attempt: Attempt | None = None
     try:
-        from pretrain.config.load import load_config
-        from pretrain.run.folder import with_secrets
         from pretrain.training.trainer import Trainer
 
-        config = with_secrets(load_config(str(Path(run_folder) / "config.yaml")))
+        run = RunFolder(Path(run_folder))
+        config = run.config()
         rank, world_size, device = join_ranks(config.supervision.collective_s)
-        with hold_run(config.run_folder, rank) as attempt:
+        with hold_run(run, rank) as attempt:
             return Trainer(config, rank, world_size, device, stop_request).train()
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)

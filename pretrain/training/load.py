@@ -7,14 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint.folder import (
-    SavedFragments,
-    TrainingState,
-    list_checkpoints,
-    load_state,
-    newest_valid_checkpoint,
-    step_of,
-)
+from pretrain.checkpoint.folder import list_checkpoints, load_state
+from pretrain.checkpoint.format import TrainingState, step_of
+from pretrain.checkpoint.tensors import SavedFragments
+from pretrain.checkpoint.verify import newest_valid_checkpoint
 from pretrain.errors import UserError
 from pretrain.training.collectives import barrier
 from pretrain.training.zero.engine import Engine

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.errors import EXIT_FAILED, UserError
-from pretrain.run.attempt import VARIABLE, Attempt, agree_on_attempt
+from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, agree_on_attempt
+from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
 from pretrain.training.interface import interface_towards
 
@@ -95,7 +96,7 @@ def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:
 
 
 @contextmanager
-def hold_run(run_folder: Path, rank: int) -> Iterator[Attempt]:
+def hold_run(run: RunFolder, rank: int) -> Iterator[Attempt]:
     """Where no launcher of ours has locked the run (torchrun, Slurm): rank 0 locks it and takes the attempt.
 
     From then on each rank's output goes to the attempt's log in the run folder; what comes before is where the ranks
@@ -104,8 +105,8 @@ def hold_run(run_folder: Path, rank: int) -> Iterator[Attempt]:
     Raises:
         UserError: on every rank, if the run is being trained already.
     """
-    if VARIABLE in os.environ:
-        yield agree_on_attempt(run_folder)
+    if ATTEMPT_VARIABLE in os.environ:
+        yield agree_on_attempt(run)
         return
     import torch.distributed as dist
 
@@ -113,14 +114,14 @@ def hold_run(run_folder: Path, rank: int) -> Iterator[Attempt]:
         problem: list[str | None] = [None]
         if rank == 0:
             try:
-                held.enter_context(run_lock(run_folder))
+                held.enter_context(run_lock(run))
             except UserError as error:
                 problem = [str(error)]
         dist.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
             raise UserError(problem[0])
-        attempt = agree_on_attempt(run_folder)
-        os.environ[VARIABLE] = str(attempt.number)
+        attempt = agree_on_attempt(run)
+        os.environ[ATTEMPT_VARIABLE] = str(attempt.number)
         _send_output_to(attempt.log(rank))
         yield attempt
 

@@ -25,18 +25,17 @@ from torch import Tensor
 from pretrain.checkpoint.folder import BEING_WRITTEN, hidden_name, prune_checkpoints
 from pretrain.checkpoint.format import (
     FORMAT,
-    INDEX,
-    LOGITS,
-    MANIFEST,
-    STATE,
+    INDEX_FILE,
+    LOGITS_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    CheckpointManifest,
     FileEntry,
     Index,
-    Manifest,
-    SavedLogits,
     TrainingState,
     checkpoint_name,
 )
-from pretrain.checkpoint.logits import EMBEDDING, POSITIONS, caught_output, fixed_batch
+from pretrain.checkpoint.logits import EMBEDDING, POSITIONS, SavedLogits, caught_output, fixed_batch
 from pretrain.checkpoint.writing import publish, write_bytes, write_tensors
 from pretrain.config.training import CheckpointConfig
 from pretrain.files import fsync_path
@@ -277,11 +276,11 @@ class CheckpointSaver:
         index = Index(format=FORMAT, shapes=shapes, fragments=fragments)
         stream = state.stream.merged(part.streams for part in parts)
         training_state = json.dumps(replace(state, stream=stream).to_json(), indent=1)
-        files[LOGITS] = write_tensors(temporary / LOGITS, logits.tensors, logits.metadata)
-        files[INDEX] = write_bytes(temporary / INDEX, [index.model_dump_json().encode()])
-        files[STATE] = write_bytes(temporary / STATE, [training_state.encode()])
-        manifest = Manifest(format=FORMAT, step=state.step, files=files)
-        write_bytes(temporary / MANIFEST, [manifest.sealed()])
+        files[LOGITS_FILE] = write_tensors(temporary / LOGITS_FILE, logits.tensors, logits.metadata)
+        files[INDEX_FILE] = write_bytes(temporary / INDEX_FILE, [index.model_dump_json().encode()])
+        files[STATE_FILE] = write_bytes(temporary / STATE_FILE, [training_state.encode()])
+        manifest = CheckpointManifest(format=FORMAT, step=state.step, files=files)
+        write_bytes(temporary / MANIFEST_FILE, [manifest.sealed()])
         fsync_path(temporary)
         self._guard()
         publish(temporary, self._folder / checkpoint_name(state.step))

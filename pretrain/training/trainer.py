@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.checkpoint.folder import TrainingState, load_state, remove_leftovers
+from pretrain.checkpoint.folder import load_state, remove_leftovers
+from pretrain.checkpoint.format import TrainingState
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.data.manifest import load_manifest
@@ -20,6 +21,7 @@ from pretrain.data.stream.state import StreamState
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, UserError
 from pretrain.run.attempt import agree_on_attempt
 from pretrain.run.environment import write_environment
+from pretrain.run.folder import RunFolder
 from pretrain.training.collectives import any_rank
 from pretrain.training.cost.flops import flops_per_token, peak_flops
 from pretrain.training.guards import Guard
@@ -59,12 +61,13 @@ class Trainer:
         self.config = config
         """As `run`, with the settings of the phase at hand."""
         self.stop_request = stop_request
-        self.attempt = agree_on_attempt(config.run_folder)
+        folder = RunFolder.of(config)
+        self.attempt = agree_on_attempt(folder)
         self.report = Report(self.attempt, rank, world_size, config.training.tokens)
         limits = (config.supervision.silence_s, config.supervision.long_silence_s)
         asked = partial(getattr, stop_request, "requested")
         self.watchdog = Watchdog(self.attempt, rank, world_size, *limits, asked, self.report.interrupted)
-        self.checkpoints = config.run_folder / "checkpoints"
+        self.checkpoints = folder.checkpoints
         self.manifest = load_manifest(config.corpus.path)
         vocab_size = self.manifest.tokenizer.vocab_size
 
@@ -83,16 +86,16 @@ class Trainer:
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(device_name)
         flops = flops_per_token(config.model, vocab_size, config.data.sequence_length)
-        self.metrics = Metrics(config.run_folder, self.state.step, flops, peak and peak * world_size, rank)
+        self.metrics = Metrics(folder, self.state.step, flops, peak and peak * world_size, rank)
         self.metrics.planned_memory = planned_memory
         self.guard, self.straggler = Guard(config.training), Straggler()
         self._look_back()
         self.stopwatch, self.clock = Stopwatch(), StepClock(device)
         if not self.clock.on_gpu:
             self.engine.time_collectives(self.clock.section)
-        self.profiler = StepProfiler(config.run_folder, requested_steps(), rank, device)
+        self.profiler = StepProfiler(folder, requested_steps(), rank, device)
         if rank == 0:
-            write_environment(config.run_folder, world_size, self.engine.precision, device_name)
+            write_environment(folder, world_size, self.engine.precision, device_name)
 
     def train(self) -> int:
         """Train to the last token, or to a stop; returns the exit code."""

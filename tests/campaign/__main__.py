@@ -18,11 +18,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pretrain.checkpoint.folder import list_checkpoints, verify_checkpoint
+from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.checkpoint.verify import verify_checkpoint
 from pretrain.run.attempt import newest_attempt
-from pretrain.run.lock import is_held
-from pretrain.run.records import read_metrics
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import is_locked
 from tests.conftest import write_texts
 from tests.integration.test_whole_runs import living_ranks, start
 
@@ -77,7 +77,7 @@ class Campaign:
     def one_life(self, name: str, kind: str) -> bool:
         """Start, wait for the moment, kill, look; False if the run was done before its moment came."""
         run = self.folder / "runs" / name
-        before = newest_attempt(run)
+        before = newest_attempt(RunFolder(run))
         launcher = self.start(name)
         if not self.wait_for_the_moment(run, launcher, kind, before):
             code = launcher.wait(timeout=60)
@@ -129,7 +129,7 @@ class Campaign:
 
     def look_for_remains(self, run: Path, ranks: list[int], ports: set[int]) -> None:
         self.expect(not living_ranks(run), f"{run.name}: ranks are left")
-        self.expect(not is_held(run), f"{run.name}: the lock is held")
+        self.expect(not is_locked(RunFolder(run)), f"{run.name}: the lock is held")
         for port in ports:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -149,13 +149,13 @@ class Campaign:
 
 
 def curve(run: Path) -> list[tuple]:
-    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    records = [record for record in RunFolder(run).metrics() if "loss" in record]
     return [(r["step"], r["loss"], r["grad_norm"], r["rows_checksum"]) for r in records]
 
 
 def is_training(run: Path, before: int) -> bool:
     """Whether this life, whose attempt comes after `before`, has come to its first step."""
-    status = read_status(run)
+    status = RunFolder(run).status()
     return status is not None and status.attempt is not None and status.attempt > before and status.state == "training"
 
 

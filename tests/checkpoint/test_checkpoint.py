@@ -13,18 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.folder import (
-    find_checkpoint,
     list_checkpoints,
-    load_weights,
     newest_state,
-    newest_valid_checkpoint,
     prune_checkpoints,
     remove_checkpoint,
     remove_leftovers,
-    verify_checkpoint,
 )
-from pretrain.checkpoint.format import FileEntry, Manifest, read_manifest, step_of
+from pretrain.checkpoint.format import CheckpointManifest, FileEntry, read_manifest, step_of
 from pretrain.checkpoint.logits import load_logits
+from pretrain.checkpoint.tensors import load_weights
+from pretrain.checkpoint.verify import find_checkpoint, newest_valid_checkpoint, verify_checkpoint
 from pretrain.checkpoint.writing import publish
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
@@ -45,7 +43,7 @@ def reseal(path):
         for file in path.iterdir()
         if file.name != "MANIFEST.json"
     }
-    (path / "MANIFEST.json").write_bytes(Manifest(format=2, step=step_of(path), files=files).sealed())
+    (path / "MANIFEST.json").write_bytes(CheckpointManifest(format=2, step=step_of(path), files=files).sealed())
 
 
 def test_a_checkpoint_is_weights_and_moments_once_and_no_pickle(checkpoints):
@@ -263,7 +261,7 @@ def test_hostile_json_is_refused(checkpoints):
         assert verify_checkpoint(path), text[:100]
     entry = {"bytes": 1, "sha256": "0" * 64}
     for name in ("../../outside", "/etc/passwd", "a/b", ".", "..", ""):
-        manifest = Manifest.model_construct(format=2, step=step_of(path), files={name: FileEntry(**entry)})
+        manifest = CheckpointManifest.model_construct(format=2, step=step_of(path), files={name: FileEntry(**entry)})
         (path / "MANIFEST.json").write_bytes(manifest.sealed())
         assert "MANIFEST.json is damaged" in verify_checkpoint(path)[0], name
     for text in ("[" * 200_000, "{}", '{"sha256": 1}', "\x00" * 100):

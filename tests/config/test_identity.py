@@ -10,7 +10,7 @@ from pretrain.config.load import validate
 from pretrain.config.run import RunConfig
 from pretrain.config.section import fields_of, section_in
 from pretrain.errors import UserError
-from pretrain.run.folder import open_run_folder
+from pretrain.run.opening import open_run_folder
 
 FREE = {
     # Where and how the run is worked on, saved, watched and looked at. Another corpus is told by its fingerprint.

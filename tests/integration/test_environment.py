@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.folder import list_checkpoints
-from pretrain.run.records import read_metrics
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
 from tests.integration.test_whole_runs import diptych, losses, project, wait_for
 
 __all__ = ["project"]
@@ -59,7 +58,7 @@ def test_a_clock_that_jumps_changes_nothing(project, tmp_path, hours):
     assert len(list_checkpoints(run / "checkpoints")) == 3
     assert [step for step, *_ in losses(run)] == list(range(1, losses(run)[-1][0] + 1))
     assert all(record > 0 for record in seconds_of_steps(run))
-    status = read_status(run)
+    status = RunFolder(run).status()
     assert (status.state, status.step) == ("done", losses(run)[-1][0])
     # The next start, in the past or the future of the last one, finds the run as it is.
     assert "is trained to its 30,000 tokens already" in finish(
@@ -68,7 +67,7 @@ def test_a_clock_that_jumps_changes_nothing(project, tmp_path, hours):
 
 
 def seconds_of_steps(run: Path) -> list[float]:
-    return [record["seconds"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    return [record["seconds"] for record in RunFolder(run).metrics() if "loss" in record]
 
 
 @pytest.mark.slow
@@ -82,7 +81,7 @@ def test_a_working_directory_that_vanishes_changes_nothing(project, tmp_path):
     wait_for(lambda: len(losses(run)) >= 6, "steps")
     shutil.rmtree(elsewhere)
     finish(launcher)
-    assert read_status(run).state == "done"
+    assert RunFolder(run).status().state == "done"
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.folder import list_checkpoints, verify_checkpoint
-from pretrain.run.records import read_metrics
-from pretrain.run.status import read_status
+from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.checkpoint.verify import verify_checkpoint
+from pretrain.run.folder import RunFolder
 from tests.integration.test_whole_runs import diptych, living_ranks, losses, project, start, wait_for
 
 __all__ = ["project"]
@@ -56,7 +56,7 @@ def signal_ranks(run: Path, number: signal.Signals, times: int = 1) -> None:
 
 
 def state_of(run: Path) -> str | None:
-    status = read_status(run)
+    status = RunFolder(run).status()
     return status and status.state
 
 
@@ -81,7 +81,7 @@ def test_a_signal_at_an_awkward_moment_still_saves_and_asks_to_be_resumed(projec
     assert time.monotonic() - asked < 5
     assert state_of(run) == "interrupted"
     assert list_checkpoints(run / "checkpoints")[-1].name == "step-00000020"
-    assert "validation left for the next start" in " ".join(read_status(run).events)
+    assert "validation left for the next start" in " ".join(RunFolder(run).status().events)
 
     launcher = start(project, *command)  # in a save; the validation that was left is made up for
     wait_for(lambda: list((run / "checkpoints").glob(".step-*.tmp")), "save")
@@ -89,7 +89,7 @@ def test_a_signal_at_an_awkward_moment_still_saves_and_asks_to_be_resumed(projec
     assert launcher.wait(timeout=40) == 75
     last = list_checkpoints(run / "checkpoints")[-1]
     assert verify_checkpoint(last) == []
-    records = read_metrics(run / "metrics.jsonl")
+    records = RunFolder(run).metrics()
     validated = [record["step"] for record in records if "validation_loss" in record]
     assert validated[0] == 20
     assert validated == list(range(20, validated[-1] + 1, 20))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.folder import list_checkpoints
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 from tests.conftest import write_texts
 
 SHARED = Path(os.environ.get("DIPTYCH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -64,7 +64,7 @@ def living_ranks(run: Path) -> list[int]:
 
 
 def losses(run: Path) -> list[tuple]:
-    records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    records = [r for r in RunFolder(run).metrics() if "loss" in r]
     return [(r["step"], r["loss"], r["rows_checksum"]) for r in records]
 
 
@@ -193,5 +193,5 @@ def test_real_data_is_learned_after_a_kill(tmp_path, config, margin):
     printed = diptych(tmp_path, *command)
     assert "resuming" in printed
     report = json.loads((run / "evaluation/context/report.json").read_text())
-    validation = [r["validation_loss"] for r in read_metrics(run / "metrics.jsonl") if "validation_loss" in r]
+    validation = [r["validation_loss"] for r in RunFolder(run).metrics() if "validation_loss" in r]
     assert validation[-1] < report["unigram_entropy"] - margin, (validation, report["unigram_entropy"])

@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 from launch.checkpoint import export_weights
 from launch.cli import app
-from pretrain.checkpoint.folder import list_checkpoints, load_weights
+from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.checkpoint.format import step_of
+from pretrain.checkpoint.tensors import load_weights
 from pretrain.config.load import load_config, to_yaml
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 
 
 def run_command(*arguments: object, exit_code: int = 0) -> str:
@@ -88,7 +90,7 @@ def test_exported_weights_are_the_saved_ones_and_give_the_saved_logits(run, path
         metadata = file.metadata()
     assert (metadata["step"], metadata["run"]) == (str(step_of(paths[0])), "run")
     assert json.loads(metadata["model"])["hidden_size"] == 32
-    done = export_weights(run, None, out)
+    done = export_weights(RunFolder(run), None, out)
     assert (done.step, done.bytes) == (step_of(paths[-1]), out.stat().st_size)
     assert done.difference <= done.allowed
 
@@ -97,7 +99,7 @@ def test_weights_that_do_not_give_the_saved_logits_are_not_exported(run, tmp_pat
     config = run / "config.yaml"
     config.write_text(to_yaml(load_config(str(config), ["model.norm_eps=10"])))
     with pytest.raises(UserError, match="do not give the logits that were stored"):
-        export_weights(run, None, tmp_path / "weights.safetensors")
+        export_weights(RunFolder(run), None, tmp_path / "weights.safetensors")
     assert not (tmp_path / "weights.safetensors").exists()
 
 

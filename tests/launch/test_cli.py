@@ -16,6 +16,7 @@ import launch
 from launch.cli import main
 from launch.commands.arguments import resumable
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
 
 CHECKOUT = Path(launch.__file__).parent.parent
@@ -262,11 +263,11 @@ def test_an_interrupted_command_says_how_to_go_on(number, capsys):
 
 def test_a_run_is_trained_by_one_launch_at_a_time(tmp_path):
     run_folder = tmp_path / "runs" / "first"
-    with run_lock(run_folder):
+    with run_lock(RunFolder(run_folder)):
         second = pytest.raises(UserError, match=f"is being trained already, by process {os.getpid()} on")
-        with second, run_lock(run_folder):
+        with second, run_lock(RunFolder(run_folder)):
             pass
-        with run_lock(tmp_path / "runs" / "second"):
+        with run_lock(RunFolder(tmp_path / "runs" / "second")):
             pass
-    with run_lock(run_folder):
+    with run_lock(RunFolder(run_folder)):
         pass

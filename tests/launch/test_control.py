@@ -19,13 +19,15 @@ from launch.slurm.starts import last_end, read_starts
 from launch.slurm.submission import Submission
 from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 from pretrain.training.interface import interface_towards
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
-with run_lock(Path(sys.argv[1])):
+with run_lock(RunFolder(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -48,15 +50,15 @@ def record(run: Path, *events: dict) -> None:
 
 def test_why_a_job_ended_is_told_also_while_the_next_start_is_at_work(run):
     record(run, {"event": "start", "restart": 0}, {"event": "end", "restart": 0, "code": "75", "why": "saved"})
-    assert last_end(run) == "saved"
+    assert last_end(RunFolder(run)) == "saved"
     record(run, {"event": "start", "restart": 1})
-    assert last_end(run) == "saved"
+    assert last_end(RunFolder(run)) == "saved"
     record(run, {"event": "start", "restart": 2})
-    assert last_end(run) == "ended from outside on n1: a lost node, preemption or scancel"
+    assert last_end(RunFolder(run)) == "ended from outside on n1: a lost node, preemption or scancel"
     record(run, {"event": "end", "restart": 2, "code": "0", "why": "done"})
-    assert last_end(run) is None
+    assert last_end(RunFolder(run)) is None
     (run / "jobs.jsonl").open("a").write('{"time": 1, "eve')
-    assert [(start.restart, start.exit_code, start.ranks) for start in read_starts(run)] == [
+    assert [(start.restart, start.exit_code, start.ranks) for start in read_starts(RunFolder(run))] == [
         (0, 75, 2),
         (1, None, 2),
         (2, 0, 2),
@@ -69,11 +71,11 @@ def test_a_log_is_that_of_the_newest_start_and_of_the_rank_asked_for(run):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(f"attempt {attempt}, rank {rank}\n")
     shown: list[str] = []
-    show_log(run, 1, False, shown.append)
-    show_log(run, 0, False, shown.append)
+    show_log(RunFolder(run), 1, False, shown.append)
+    show_log(RunFolder(run), 0, False, shown.append)
     assert shown == ["attempt 2, rank 1\n", "attempt 2, rank 0\n"]
     with pytest.raises(UserError, match="no log of rank 5; there are rank-0000, rank-0001"):
-        show_log(run, 5, False)
+        show_log(RunFolder(run), 5, False)
 
 
 def test_a_start_whose_ranks_never_met_shows_what_they_printed(run):
@@ -83,10 +85,10 @@ def test_a_start_whose_ranks_never_met_shows_what_they_printed(run):
         path.parent.mkdir(parents=True)
         path.write_text(text)
     shown: list[str] = []
-    show_log(run, 0, False, shown.append)
+    show_log(RunFolder(run), 0, False, shown.append)
     assert shown == ["cannot meet\n"]
     early.write_text(f"this rank's log: {log}\n")
-    show_log(run, 0, False, shown.append)
+    show_log(RunFolder(run), 0, False, shown.append)
     assert shown[1:] == ["of attempt 1\n"]
 
 
@@ -97,7 +99,7 @@ def test_following_ends_with_the_run(run, monkeypatch):
     log.write_text("one\n")
     (run / "status.json").write_text(json.dumps({"state": "done", "heartbeat": time.time()}))
     shown: list[str] = []
-    show_log(run, 0, True, shown.append)
+    show_log(RunFolder(run), 0, True, shown.append)
     assert shown == ["one\n"]
 
 
@@ -133,7 +135,7 @@ def test_following_goes_on_while_a_job_will_and_no_longer(run, monkeypatch, why,
     if why:
         record(run, {"event": "end", "restart": 0, "code": "75", "why": why})
     shown: list[str] = []
-    show_log(run, 0, True, shown.append)
+    show_log(RunFolder(run), 0, True, shown.append)
     assert shown == (["one\n"] if is_over else ["one\n", f"--- {run}/logs/attempt-0002/rank-0000.log\n", "two\n"])
 
 
@@ -142,22 +144,22 @@ def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     # Of a sweep, those members that are at work.
-    cancel([run, run.with_name("waiting")], Console())
+    cancel([RunFolder(run), RunFolder(run.with_name("waiting"))], Console())
     assert holder.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_a_run_that_is_not_at_work_cannot_be_cancelled(run):
     with pytest.raises(UserError, match="first is neither queued nor running"):
-        cancel([run], Console())
+        cancel([RunFolder(run)], Console())
 
 
 def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):
     config = make_config()
     config.run_folder.mkdir(parents=True)
     monkeypatch.setattr("launch.local.ranks.num_gpus", lambda: 0)
-    assert ranks_of(config.run_folder, config) == 1
+    assert ranks_of(RunFolder(config.run_folder), config) == 1
     (config.run_folder / "environment.json").write_text('{"world_size": 4}')
-    assert ranks_of(config.run_folder, config) == 4
+    assert ranks_of(RunFolder(config.run_folder), config) == 4
 
 
 def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(make_config, monkeypatch):
@@ -169,13 +171,13 @@ def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(ma
     monkeypatch.setenv("PATH", "/nowhere")
     started = []
     monkeypatch.setattr("launch.train.train", lambda config, ranks, _: started.append((config, ranks)) or 75)
-    assert resume(config.run_folder, Console()) == 75
+    assert resume(RunFolder(config.run_folder), Console()) == 75
     assert started == [(config, 2)]
     folder = config.run_folder / "submissions" / "001"
     folder.mkdir(parents=True)
     Submission(1.0, "abc", {"train": "7"}).write(folder)
     with pytest.raises(UserError, match="was submitted to Slurm, and there is no sbatch on this machine"):
-        resume(config.run_folder, Console())
+        resume(RunFolder(config.run_folder), Console())
     assert len(started) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from launch.runs import RunRow, find_run, list_runs
 from launch.terminal.console import compact, duration
 from pretrain.errors import UserError
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
 
 NOW = 1_800_000_000.0
 
@@ -41,7 +41,7 @@ def test_a_run_at_work_is_listed_with_its_numbers(tmp_path):
     }
     run = make_run(tmp_path, "first", status)
     numbers = (120, 980_000, 3_500_000, 4.25, 4.5, 20_100.0, 2.0)
-    assert only_row(tmp_path) == RunRow("first", run, "training", *numbers, restarts=0)
+    assert only_row(tmp_path) == RunRow("first", RunFolder(run), "training", *numbers, restarts=0)
 
 
 def test_a_run_at_work_whose_heartbeat_stopped_is_lost(tmp_path):
@@ -62,7 +62,7 @@ def test_a_damaged_status_is_a_state_and_not_an_error(tmp_path, damage):
 
 
 def test_a_loss_that_is_not_finite_is_read(tmp_path):
-    status = read_status(make_run(tmp_path, "run", '{"state": "failed", "heartbeat": 1, "loss": NaN}'))
+    status = RunFolder(make_run(tmp_path, "run", '{"state": "failed", "heartbeat": 1, "loss": NaN}')).status()
     assert status is not None
     assert status.loss != status.loss
 
@@ -78,8 +78,8 @@ def test_only_folders_with_a_config_are_runs_and_they_come_by_name(tmp_path):
 
 def test_a_run_is_found_by_name_or_by_path(tmp_path):
     run = make_run(tmp_path, "first")
-    assert find_run("first", tmp_path) == run
-    assert find_run(str(run), tmp_path / "elsewhere") == run
+    assert find_run("first", tmp_path) == RunFolder(run)
+    assert find_run(str(run), tmp_path / "elsewhere") == RunFolder(run)
 
 
 def test_an_unknown_run_is_answered_with_the_nearest(tmp_path):

@@ -1,7 +1,6 @@
 """The road from a config to an exit code, with the ranks and the evaluation replaced."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from launch.terminal.console import make_console
 from pretrain.config.data import CorpusConfig
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
@@ -40,7 +40,7 @@ def road(config, monkeypatch):
     def evaluate(*_: object, **__: object) -> None:
         calls.append("evaluate")
 
-    monkeypatch.setitem(sys.modules, "pretrain.run.folder", SimpleNamespace(open_run_folder=open_run_folder))
+    monkeypatch.setattr(train, "open_run_folder", open_run_folder)
     monkeypatch.setattr(train, "ensure_corpus", lambda *_: None)
     monkeypatch.setattr(train, "launch_local", launch)
     monkeypatch.setattr(train, "evaluate_context", evaluate)
@@ -117,7 +117,7 @@ def test_more_ranks_than_gpus_are_refused(config, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"), run_lock(tmp_path / "file" / "runs" / "x"):
+    with pytest.raises(UserError, match="cannot write to"), run_lock(RunFolder(tmp_path / "file" / "runs" / "x")):
         pass
 
 

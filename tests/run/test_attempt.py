@@ -18,10 +18,9 @@ from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.errors import UserError
 from pretrain.run import lock
 from pretrain.run.attempt import Attempt, SupersededError, newest_attempt, take_attempt
-from pretrain.run.folder import open_run_folder
-from pretrain.run.lock import Holder, is_held, lock_path, run_lock
-from pretrain.run.records import read_metrics
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
+from pretrain.run.lock import Holder, is_locked, run_lock
+from pretrain.run.opening import open_run_folder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.metrics import Metrics
 from pretrain.training.trainer import Trainer
@@ -30,7 +29,7 @@ from tests.ranks import run_on_ranks
 
 def take_some(folder: Path, results: "multiprocessing.Queue[int]") -> None:
     for _ in range(25):
-        results.put(take_attempt(folder).number)
+        results.put(take_attempt(RunFolder(folder)).number)
 
 
 def test_every_start_takes_a_number_of_its_own_however_many_start_at_once(tmp_path):
@@ -43,13 +42,13 @@ def test_every_start_takes_a_number_of_its_own_however_many_start_at_once(tmp_pa
     for taker in takers:
         taker.join()
     assert sorted(taken) == list(range(1, 101))
-    assert newest_attempt(tmp_path) == 100
+    assert newest_attempt(RunFolder(tmp_path)) == 100
 
 
 def test_an_older_attempt_is_told_who_has_taken_over(tmp_path):
-    first = take_attempt(tmp_path)
+    first = take_attempt(RunFolder(tmp_path))
     first.check()
-    second = take_attempt(tmp_path)
+    second = take_attempt(RunFolder(tmp_path))
     second.check()
     with pytest.raises(SupersededError, match=f"attempt 2 has taken over {tmp_path}; this is attempt 1"):
         first.check()
@@ -58,7 +57,7 @@ def test_an_older_attempt_is_told_who_has_taken_over(tmp_path):
 
 
 def test_no_two_attempts_write_to_one_log(tmp_path):
-    logs = {Attempt(tmp_path, number).log(rank) for number in (1, 2) for rank in (0, 1)}
+    logs = {Attempt(RunFolder(tmp_path), number).log(rank) for number in (1, 2) for rank in (0, 1)}
     assert len(logs) == 4
 
 
@@ -74,7 +73,7 @@ def train_until_taken_over(rank, config, world_size, at_step):
 
     def step(*arguments):
         if rank == 0 and trainer.state.step == at_step:
-            take_attempt(config.run_folder)
+            take_attempt(RunFolder(config.run_folder))
         return take_step(*arguments)
 
     trainer._step = step
@@ -102,23 +101,23 @@ def test_an_attempt_that_was_taken_over_writes_nothing_more_and_ends_on_all_rank
         assert all("attempt 2 has taken over" in text for text, _ in ends)
     for (config, at_step), recorded, saved in zip(cases, (10, 8), (10, None), strict=True):
         folder = config.run_folder
-        assert max(record["step"] for record in read_metrics(folder / "metrics.jsonl")) == recorded
+        assert max(record["step"] for record in RunFolder(folder).metrics()) == recorded
         checkpoints = list_checkpoints(folder / "checkpoints")
         assert (int(checkpoints[-1].name[5:]) if checkpoints else None) == saved
         assert not list((folder / "checkpoints").glob(".step-*"))
-        assert read_status(folder).step <= at_step
+        assert RunFolder(folder).status().step <= at_step
 
 
 def test_what_an_older_attempt_still_writes_does_not_reach_the_metrics_of_the_next(tmp_path):
     flops = FlopsPerToken(0, 0, 0, 0)
-    old = Metrics(tmp_path, 0, flops, None, 0)
+    old = Metrics(RunFolder(tmp_path), 0, flops, None, 0)
     old.validation(1, 10, 1.0, 0.5)
-    new = Metrics(tmp_path, 1, flops, None, 0)
+    new = Metrics(RunFolder(tmp_path), 1, flops, None, 0)
     old.validation(2, 20, 666.0, 0.5)
     new.validation(2, 20, 1.0, 0.5)
     for metrics in (old, new):
         metrics.close()
-    assert [record["validation_loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 1.0]
+    assert [record["validation_loss"] for record in RunFolder(tmp_path).metrics()] == [1.0, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------------ the lock
@@ -131,17 +130,17 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "OBSERVE_S", 0.6)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path / "runs" / "run"
+    return RunFolder(tmp_path / "runs" / "run")
 
 
-def leave_lock(run: Path, **who) -> None:
+def leave_lock(run: RunFolder, **who) -> None:
     """The lock as a process leaves it that was killed."""
-    run.parent.mkdir(exist_ok=True)
+    run.path.parent.mkdir(exist_ok=True)
     holder = replace(Holder.this_process(), pid=4242, host="elsewhere", **who)
-    lock_path(run).write_text(json.dumps(vars(holder)))
+    run.lock_file.write_text(json.dumps(vars(holder)))
 
 
-def seconds_to_take(run: Path) -> float:
+def seconds_to_take(run: RunFolder) -> float:
     started = time.monotonic()
     with run_lock(run):
         return time.monotonic() - started
@@ -149,10 +148,10 @@ def seconds_to_take(run: Path) -> float:
 
 def test_a_second_copy_on_the_same_machine_is_refused_at_once(run):
     with run_lock(run):
-        assert is_held(run)
+        assert is_locked(run)
         with pytest.raises(UserError, match=f"is being trained already, by process {os.getpid()} on"), run_lock(run):
             pass
-    assert not is_held(run)
+    assert not is_locked(run)
     assert seconds_to_take(run) < 0.3
 
 
@@ -163,7 +162,7 @@ def test_a_lock_of_a_killed_process_of_this_machine_does_not_delay_the_next_star
 
 def test_a_silent_lock_of_another_machine_delays_the_next_start_by_the_time_of_watching(run):
     leave_lock(run, machine="another")
-    assert not is_held(run)
+    assert not is_locked(run)
     assert 0.5 < seconds_to_take(run) < 1.2
 
 
@@ -175,12 +174,12 @@ def test_a_beating_lock_of_another_machine_is_refused_whatever_the_clocks_say(ru
         clock = 1_000_000  # of a machine that thinks it is 1970
         while not ended.wait(0.1):
             clock += 1
-            os.utime(lock_path(run), (clock, clock))
+            os.utime(run.lock_file, (clock, clock))
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        assert is_held(run)
+        assert is_locked(run)
         with pytest.raises(UserError, match=r"process 4242 on elsewhere \(Slurm job 77\)"), run_lock(run):
             pass
     finally:
@@ -205,16 +204,17 @@ def test_a_holder_that_was_taken_over_does_not_wipe_the_lock_of_the_next(run, mo
         monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
         old.__exit__(None, None, None)
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert json.loads(lock_path(run).read_text())["slurm_restarts"] == 1
+        assert json.loads(run.lock_file.read_text())["slurm_restarts"] == 1
 
 
 def test_a_killed_holder_leaves_nothing_that_keeps_others_out(run):
-    code = "import sys, time; from pathlib import Path; from pretrain.run.lock import run_lock\n"
-    code += "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from pretrain.run.folder import RunFolder\n"
+    code += "from pretrain.run.lock import run_lock\n"
+    code += "with run_lock(RunFolder(Path(sys.argv[1]))): print('held', flush=True); time.sleep(60)"
     root = Path(lock.__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code, str(run)], cwd=root, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
-    assert is_held(run)
+    assert is_locked(run)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert seconds_to_take(run) < 0.3

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.starts import Start, read_starts
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 from tests.conftest import write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ class Cluster:
 
     def starts(self, name: str) -> list[Start]:
         """Of a run, as its jobs wrote them down."""
-        return read_starts(self.run(name))
+        return read_starts(RunFolder(self.run(name)))
 
     def job(self, name: str, what: str = "train") -> str:
         """The id of a run's newest job."""
@@ -140,7 +140,7 @@ class Cluster:
 
 def losses(run: Path) -> list[tuple[int, float, str]]:
     """Step, loss and checksum of the rows of each recorded step."""
-    records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    records = [r for r in RunFolder(run).metrics() if "loss" in r]
     return [(r["step"], r["loss"], r["rows_checksum"]) for r in records]
 
 

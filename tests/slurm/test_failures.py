@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.folder import list_checkpoints, verify_checkpoint
+from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.checkpoint.verify import verify_checkpoint
 from tests.slurm.conftest import Cluster, kill, losses
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pretrain.run.folder import RunFolder
 from pretrain.training.monitor.profiled_steps import traces
 from tests.slurm.conftest import ROOT, Cluster, losses
 
@@ -48,7 +49,7 @@ def test_a_run_that_is_signalled_early_then_preempted_ends_like_an_unbroken_one_
     assert [start.exit_code for start in slurm.starts("life")] == [75, 75, 0]
     assert {start.ranks for start in slurm.starts("life")} == {4}
     # At its second start: the first one takes no step. Later ones are past these steps and say nothing of them.
-    assert [path.name[5:9] for path in traces(slurm.run("life"), 2)] == ["0000", "0001", "0002", "0003"]
+    assert [path.name[5:9] for path in traces(RunFolder(slurm.run("life")), 2)] == ["0000", "0001", "0002", "0003"]
     report = json.loads((slurm.run("life") / "evaluation" / "context" / "report.json").read_text())
 
     assert losses(slurm.run("life")) == losses(whole)

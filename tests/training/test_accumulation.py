@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.config.run import RunConfig
-from pretrain.run.folder import open_run_folder
+from pretrain.run.opening import open_run_folder
 from tests.ranks import run_on_ranks
 from tests.training.test_training import curve, train
 

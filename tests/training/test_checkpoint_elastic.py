@@ -10,8 +10,8 @@ import torch.distributed as dist
 from pretrain.checkpoint.folder import load_state
 from pretrain.checkpoint.logits import compare_logits, load_logits
 from pretrain.data.manifest import load_manifest
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.load import load_checkpoint
 from pretrain.training.save import engine_logits
 from pretrain.training.trainer import Trainer
@@ -60,7 +60,7 @@ def whole_values(engine) -> dict[str, torch.Tensor]:
 
 
 def losses(config) -> list[float]:
-    records = read_metrics(config.run_folder / "metrics.jsonl")
+    records = RunFolder(config.run_folder).metrics()
     return [(r["loss"], r["rows_checksum"], r["learning_rate"]) for r in records if "loss" in r]
 
 

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pretrain.checkpoint.folder import list_checkpoints, load_weights, newest_valid_checkpoint, verify_checkpoint
+from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.checkpoint.format import TrainingState, step_of
+from pretrain.checkpoint.tensors import load_weights
+from pretrain.checkpoint.verify import newest_valid_checkpoint, verify_checkpoint
 from pretrain.data.stream.state import StreamState
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.training import save as checkpoint_save

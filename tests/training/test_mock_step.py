@@ -8,7 +8,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.run.folder import open_run_folder
+from pretrain.run.opening import open_run_folder
 from pretrain.training import trainer as trainer_module
 from pretrain.training.mock_step import largest_batch, mock_step, out_of_memory
 from pretrain.training.zero.engine import Engine

@@ -21,9 +21,8 @@ from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.step import agree_on_step
 from tests.integration.test_whole_runs import diptych
 from tests.model.rows import layout_of
@@ -133,7 +132,7 @@ def on_four_ranks(rank, configs):
 
 
 def validations(config) -> list[float]:
-    records = read_metrics(config.run_folder / "metrics.jsonl")
+    records = RunFolder(config.run_folder).metrics()
     return [
         r[key] for r in records if "validation_loss" in r for key in ("validation_loss", "validation_masked_accuracy")
     ]
@@ -149,7 +148,7 @@ def assert_the_same_run(whole, other) -> None:
     assert validations(whole) == pytest.approx(validations(other), abs=2e-5)
     last = [load_state(list_checkpoints(config.run_folder / "checkpoints")[-1]) for config in (whole, other)]
     assert last[0].to_json() == last[1].to_json()
-    assert read_status(whole.run_folder).tokens == read_status(other.run_folder).tokens
+    assert RunFolder(whole.run_folder).status().tokens == RunFolder(other.run_folder).status().tokens
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.checkpoint.folder import list_checkpoints, load_state, load_weights
+from pretrain.checkpoint.folder import list_checkpoints, load_state
+from pretrain.checkpoint.tensors import load_weights
 from pretrain.errors import UserError
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
-from pretrain.run.status import read_status
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.trainer import Trainer
 from tests.ranks import run_on_ranks
 
@@ -19,7 +19,7 @@ STAGES = ("none", "optimizer", "gradients", "full")
 
 
 def curve(config) -> list[tuple]:
-    records = read_metrics(config.run_folder / "metrics.jsonl")
+    records = RunFolder(config.run_folder).metrics()
     return [(r["step"], r["loss"], r["grad_norm"], r["rows_checksum"]) for r in records if "loss" in r]
 
 
@@ -155,7 +155,7 @@ def poisoned(rank, config, world_size, what, steps):
 
 
 def skipped(config):
-    return [r["step"] for r in read_metrics(config.run_folder / "metrics.jsonl") if "skipped" in r]
+    return [r["step"] for r in RunFolder(config.run_folder).metrics() if "skipped" in r]
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_many_in_a_r
         assert finite, (config.name, what)
         assert skipped(config) == sorted(steps), (config.name, what)
         assert step - optimizer_steps == 3
-        status = read_status(config.run_folder)
+        status = RunFolder(config.run_folder).status()
         assert status.skipped_steps == 3
         if steps == {4, 5, 6}:
             assert "3 steps in a row were skipped" in code
@@ -214,13 +214,13 @@ def test_a_spike_is_taken_skipped_or_gone_back_from_and_a_resumed_run_decides_al
     codes = [code for code, *_ in results[0]]
     assert codes[:3] == [0, 0, 0]
     assert skipped(off) == []
-    assert sum("is a spike" in event for event in read_status(off.run_folder).events) == 2
+    assert sum("is a spike" in event for event in RunFolder(off.run_folder).status().events) == 2
     assert skipped(skip) == skipped(again) == [40, 45]
     assert str(curve(skip)) == str(curve(again))
     assert "4 steps in a row were skipped" in codes[3]
     assert skipped(stop) == [47, 48, 49, 50]
     assert codes[4] == 0
-    assert any("back to step-00000040" in event for event in read_status(back.run_folder).events)
+    assert any("back to step-00000040" in event for event in RunFolder(back.run_folder).status().events)
     # The rows of the first 40 steps, then those behind the 50th: the offending ones were read and left behind.
     rows, plain = ([checksum for *_, checksum in curve(config)] for config in (back, off))
     assert (rows[:40], rows[40]) == (plain[:40], plain[50])
@@ -234,7 +234,7 @@ def test_a_run_that_skipped_every_step_does_not_look_done(make_config, manifest,
     case = (config, "inf gradient", range(10_000))
     for ((code, *_),) in run_on_ranks(poison, 2, tmp_path / "ranks", [case], 2):
         assert "nothing was learned" in code
-    status = read_status(config.run_folder)
+    status = RunFolder(config.run_folder).status()
     assert (status.state, status.skipped_steps) == ("failed", status.step)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from pretrain import __version__
-from pretrain.checkpoint.folder import find_checkpoint, load_state
-from pretrain.checkpoint.format import checkpoint_name
+from pretrain.checkpoint.folder import load_state
+from pretrain.checkpoint.verify import find_checkpoint
 from pretrain.config.run import RunConfig
 from pretrain.evaluation.context.plan import Part, Plan
 from pretrain.evaluation.context.planning import Request, make_plan
@@ -22,7 +22,7 @@ from pretrain.evaluation.context.session import Session, checkpoint_digest
 from pretrain.evaluation.context.statistics import entropy_of_counts
 from pretrain.evaluation.context.work import missing_parts, part_path, run_parts
 from pretrain.evaluation.report.schema import ContextReport, LengthResult, Provenance
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -89,13 +89,14 @@ def evaluate(
 def evaluate_recalibrated(finished: Finished, config: RunConfig, tokens: int, report: Progress) -> Finished:
     """Add to a report what the run `config`, which went on from the report's checkpoint on long rows, has become."""
     before = finished.session
-    checkpoint = find_checkpoint(config.run_folder / "checkpoints")
+    run = RunFolder.of(config)
+    checkpoint = find_checkpoint(run.checkpoints)
     state = load_state(checkpoint)
     plan = plan_of(before.plan, config, state.step, checkpoint_digest(checkpoint))
     session = Session(plan, before.device, before.documents)
-    folder = config.run_folder / "evaluation" / "context"
+    folder = run.evaluation / "context"
     _run_here(session, folder, report)
-    steps = [r for r in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in r]
+    steps = [r for r in run.metrics() if "loss" in r]
     result = recalibration_result(
         Evaluation(before, finished.folder), session, folder, tokens, sum(r["seconds"] for r in steps)
     )
@@ -130,7 +131,7 @@ def build_report(session: Session, folder: Path, ranks: int, command: Sequence[s
     counts = session.token_counts.astype(np.float64)
     smoothed = (counts + 1) / (counts + 1).sum()
     held, effective = held_multiple(results), effective_multiple(results)
-    state = load_state(plan.run_folder / "checkpoints" / checkpoint_name(plan.step))
+    state = load_state(plan.checkpoint)
     unigram_loss = float(-np.log(smoothed[evaluation.targets]).mean())
     documents = evaluation.bootstrap.num_documents
     readings, ablations = evaluation.reading_results(plan.readings), evaluation.ablation_results()
@@ -174,7 +175,7 @@ def build_report(session: Session, folder: Path, ranks: int, command: Sequence[s
             device=torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
             ranks=ranks,
             seed=plan.seed,
-            config=str(plan.run_folder / "config.yaml"),
+            config=str(RunFolder(plan.run_folder).config_file),
             corpus=str(plan.corpus),
             fingerprint=plan.fingerprint,
             tokenizer_sha256=session.manifest.tokenizer.sha256,

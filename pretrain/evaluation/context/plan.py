@@ -14,6 +14,7 @@ from pretrain.config.section import Section
 from pretrain.evaluation.context.interventions import FACTORED, Reading
 from pretrain.evaluation.context.tasks import num_rows
 from pretrain.evaluation.context.windows import window_length
+from pretrain.run.folder import RunFolder
 
 Kind = Literal["scores", "task", "attention", "pseudo"]
 
@@ -103,6 +104,11 @@ class Plan(Section):
     def key(self) -> str:
         """Of everything above: parts of another plan are not mixed in."""
         return hashlib.sha256(self.model_dump_json(exclude={"budget"}).encode()).hexdigest()[:12]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint whose encoder is measured."""
+        return RunFolder(self.run_folder).checkpoint(self.step)
 
     @property
     def longest(self) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from pretrain.checkpoint.folder import find_checkpoint, load_state
+from pretrain.checkpoint.folder import load_state
+from pretrain.checkpoint.verify import find_checkpoint
 from pretrain.config.run import RunConfig
 from pretrain.config.section import Section
 from pretrain.data.manifest import load_manifest
@@ -18,6 +19,7 @@ from pretrain.evaluation.context.plan import TASKS, Plan
 from pretrain.evaluation.context.session import Session, checkpoint_digest, config_of_run
 from pretrain.evaluation.context.windows import Ids, make_rows, read_documents, window_length
 from pretrain.files import write_json
+from pretrain.run.folder import RunFolder
 
 MIN_DOCUMENTS = 4
 """Fewer documents than this say nothing about a length."""
@@ -67,7 +69,7 @@ def report_folder(request: Request, split: str) -> Path:
     words += [split] if split != "test" else []
     words += [request.corpus.name] if request.corpus is not None else []
     words += [f"step-{request.step}"] if request.step is not None else []
-    return request.run_folder / "evaluation" / "-".join(words)
+    return RunFolder(request.run_folder).evaluation / "-".join(words)
 
 
 def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[Ids]]:
@@ -82,7 +84,7 @@ def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[
     """
     config = config_of_run(request.run_folder, request.corpus, request.overrides)
     manifest = load_manifest(config.corpus.path)
-    checkpoint = find_checkpoint(request.run_folder / "checkpoints", request.step)
+    checkpoint = find_checkpoint(RunFolder(request.run_folder).checkpoints, request.step)
     state = load_state(checkpoint)
     if request.corpus is None and state.fingerprint != manifest.fingerprint:
         raise UserError(

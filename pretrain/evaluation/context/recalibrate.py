@@ -4,12 +4,9 @@ It is a run of its own inside the evaluation's folder, made by the trainer as an
 phase. It begins with the checkpoint's weights, moments and place in the stream, and its learning rate falls over it.
 """
 
-import shutil
 from pathlib import Path
 
 from pretrain.checkpoint.folder import load_state
-from pretrain.checkpoint.format import checkpoint_name
-from pretrain.config.load import load_config
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.run import PhaseConfig, RunConfig
 from pretrain.config.training import ScheduleConfig
@@ -19,6 +16,7 @@ from pretrain.evaluation.context.results import Evaluation
 from pretrain.evaluation.context.session import Session
 from pretrain.evaluation.context.statistics import DocumentBootstrap
 from pretrain.evaluation.report.schema import ReadingResult, RecalibrationResult
+from pretrain.run.folder import RunFolder
 
 
 def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
@@ -30,9 +28,9 @@ def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
     Raises:
         UserError: learned positions do not reach so far.
     """
-    multiple = plan.multiples[-1]
-    config = load_config(str(plan.run_folder / "config.yaml"))
-    seen = load_state(plan.run_folder / "checkpoints" / checkpoint_name(plan.step)).tokens_seen
+    multiple, run = plan.multiples[-1], RunFolder(plan.run_folder)
+    config = run.config()
+    seen = load_state(plan.checkpoint).tokens_seen
     now, length = config.in_phase(config.phase_at(seen)), plan.length(multiple)
     if config.model.positions == "learned" and length > config.model.max_positions:
         raise UserError(
@@ -51,24 +49,13 @@ def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
     return config.model_copy(
         update={
             "name": f"recalibrated-{multiple:g}x-{tokens}-from-{plan.step}",
-            "runs": plan.run_folder / "evaluation",
+            "runs": run.evaluation,
             "phases": [*(p for p in config.phases if p.from_tokens < seen), phase],
             "training": config.training.model_copy(update={"tokens": total, "sharding": sharding}),
             "parallel": ParallelConfig(),
             "schedule": ScheduleConfig(warmup=0, decay=tokens / total, final=config.schedule.final),
         }
     )
-
-
-def begin(plan: Plan, config: RunConfig) -> None:
-    """Give the new run's folder the checkpoint to go on from; nothing to do where it has gone on already."""
-    target = config.run_folder / "checkpoints" / checkpoint_name(plan.step)
-    if target.parent.is_dir():
-        return
-    temporary = config.run_folder / ".checkpoints.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(plan.run_folder / "checkpoints" / target.name, temporary / target.name)
-    temporary.rename(target.parent)
 
 
 def plan_of(plan: Plan, config: RunConfig, step: int, checkpoint_sha256: str) -> Plan:

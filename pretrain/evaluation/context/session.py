@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from pretrain.batch import IGNORED, Batch
-from pretrain.checkpoint.folder import MANIFEST, load_state, load_weights
-from pretrain.checkpoint.format import checkpoint_name
-from pretrain.config.load import load_config
+from pretrain.checkpoint.folder import load_state
+from pretrain.checkpoint.format import MANIFEST_FILE
+from pretrain.checkpoint.tensors import load_weights
 from pretrain.config.run import RunConfig
 from pretrain.data.manifest import TOKEN_COUNTS, Manifest, load_manifest
 from pretrain.data.stream.loader import masking_rule
@@ -25,6 +25,8 @@ from pretrain.evaluation.context.windows import Ids, Rows, Window, draw_windows,
 from pretrain.files import sha256_of
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
+from pretrain.run.folder import RunFolder
+from pretrain.run.secrets import with_secrets
 from pretrain.training.zero.settings import resolve_precision
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ class DoesNotFitError(Exception):
 
 def checkpoint_digest(path: Path) -> str:
     """Covers every byte of a checkpoint."""
-    return sha256_of(path / MANIFEST)
+    return sha256_of(path / MANIFEST_FILE)
 
 
 def config_of_run(run_folder: Path, corpus: Path | None, overrides: Sequence[str]) -> RunConfig:
@@ -45,11 +47,9 @@ def config_of_run(run_folder: Path, corpus: Path | None, overrides: Sequence[str
     Raises:
         UserError: no run folder, no such corpus, or one of another tokenizer.
     """
-    if not (run_folder / "config.yaml").is_file():
-        raise UserError(f"{run_folder} is no run folder (it has no config.yaml); `diptych runs` lists them")
-    config = load_config(str(run_folder / "config.yaml"), overrides)
+    config = RunFolder(run_folder).public_config(overrides)
     if corpus is None or corpus.absolute() == config.corpus.path:
-        return config
+        return with_secrets(config)
     own, other = load_manifest(config.corpus.path), load_manifest(corpus.absolute())
     if own.tokenizer.sha256 != other.tokenizer.sha256:
         raise UserError(
@@ -78,7 +78,7 @@ class Session:
     def __init__(self, plan: Plan, device: torch.device, documents: Sequence[Ids] | None = None) -> None:
         """`documents` are those of the plan's corpus, if they are at hand already."""
         self.plan, self.device = plan, device
-        checkpoint = plan.run_folder / "checkpoints" / checkpoint_name(plan.step)
+        checkpoint = plan.checkpoint
         if checkpoint_digest(checkpoint) != plan.checkpoint_sha256:
             raise UserError(f"{checkpoint} has changed since the evaluation began; run the command again")
         config = config_of_run(plan.run_folder, plan.corpus, [f"evaluation.split={plan.split}"])

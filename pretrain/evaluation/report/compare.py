@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pretrain import __version__
 from pretrain.config.identity import changes
-from pretrain.config.load import load_config
 from pretrain.errors import UserError
 from pretrain.evaluation.report.charts import Line, line_chart
 from pretrain.evaluation.report.page import Cell, card, document, grid, section, table
 from pretrain.evaluation.report.schema import ContextReport, read_report
 from pretrain.files import write_text
+from pretrain.run.folder import RunFolder
 
 _NAMES = ("seed", "name", "runs")
 """Keys of the config in which runs of one kind may differ."""
@@ -34,25 +34,25 @@ class Group:
         return sum(found) / len(found), min(found), max(found)
 
 
-def read_groups(run_folders: Sequence[Path], evaluation: str = "context") -> list[Group]:
+def read_groups(runs: Sequence[RunFolder], evaluation: str = "context") -> list[Group]:
     """The reports of some runs, those that differ in nothing but the seed together, in the order given.
 
     Args:
-        run_folders: of the runs.
+        runs: in the order of the comparison.
         evaluation: name of the report's folder inside `evaluation/`.
 
     Raises:
         UserError: a run has no report of this version, or two were measured on different documents or lengths.
     """
-    groups: list[tuple[Path, Group]] = []
-    for folder in dict.fromkeys(run_folders):
-        report = read_report(folder / "evaluation" / evaluation / "report.json")
+    groups: list[tuple[RunFolder, Group]] = []
+    for run in dict.fromkeys(runs):
+        report = read_report(run.report(evaluation))
         for other, group in groups:
-            if not _differences(folder, other):
+            if not _differences(run, other):
                 group.reports.append(report)
                 break
         else:
-            groups.append((folder, Group(folder.name, [report])))
+            groups.append((run, Group(run.name, [report])))
     found = [Group(_without_seed(g.name), g.reports) if len(g.reports) > 1 else g for _, g in groups]
     _check_comparable([report for group in found for report in group.reports])
     return found
@@ -63,9 +63,9 @@ def _without_seed(name: str) -> str:
     return re.sub(r"(^|-)seed\d+(?=-|$)", "", name).lstrip("-") or name
 
 
-def _differences(folder: Path, other: Path) -> set[str]:
+def _differences(*runs: RunFolder) -> set[str]:
     """Keys of the configs that make two runs different kinds of run."""
-    configs = (load_config(str(path / "config.yaml")) for path in (folder, other))
+    configs = (other.public_config() for other in runs)
     return {key for key in changes(*configs) if key not in _NAMES}
 
 

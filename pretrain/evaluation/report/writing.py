@@ -12,7 +12,7 @@ from pretrain.evaluation.context.interventions import MEANINGS, TITLES, title_of
 from pretrain.evaluation.report.page import page
 from pretrain.evaluation.report.schema import ContextReport, ReadingResult
 from pretrain.files import write_json, write_text
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 
 COLUMNS = ("context", "tokens", "loss", "95 %", "perplexity", "masked accuracy", "gain over 1x", "95 %")
 
@@ -55,17 +55,17 @@ def _sure(interval: tuple[float, float]) -> str:
     return " *" if interval[0] > 0 or interval[1] < 0 else ""
 
 
-def write_report(run_folder: Path, folder: Path, report: ContextReport) -> None:
+def write_report(run: RunFolder, folder: Path, report: ContextReport) -> None:
     """Write everything into `folder`; report.json comes last, so where it is, the rest is too."""
     folder.mkdir(parents=True, exist_ok=True)
-    curve = [r for r in read_metrics(run_folder / "metrics.jsonl") if r["step"] <= report.step]
+    curve = [r for r in run.metrics() if r["step"] <= report.step]
     figures = {"loss_by_length": _loss_figure(report), "gain_by_length": _gain_figure(report)}
     figures["training_curve"] = _training_figure(curve, report)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     write_text(folder / TEXT, _markdown(report))
     write_text(folder / PAGE, page(report, [(r["tokens"], r["loss"]) for r in curve if "loss" in r]))
-    _write_tensorboard(run_folder / "tensorboard" / folder.name, report, figures)
+    _write_tensorboard(run.tensorboard / folder.name, report, figures)
     write_json(folder / REPORT, report.model_dump(mode="json"))
 
 

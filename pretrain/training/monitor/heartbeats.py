@@ -34,7 +34,7 @@ class Sighting:
 
 def heartbeat_folder(attempt: Attempt) -> Path:
     """Where the ranks of an attempt say where they are."""
-    return attempt.run_folder / "heartbeats" / f"attempt-{attempt.number:04d}"
+    return attempt.run.heartbeats(attempt.number)
 
 
 def heartbeat_path(attempt: Attempt, rank: int) -> Path:

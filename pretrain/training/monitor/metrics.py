@@ -6,7 +6,6 @@ Until then a step's sums stay on the device, so that recording costs no synchron
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.files import write_text
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.clock import Timing, shares
 from pretrain.training.monitor.norms import summarize
@@ -68,17 +67,17 @@ class _Gathered(NamedTuple):
 class Metrics:
     """Collects step records; rank 0 writes them."""
 
-    def __init__(self, folder: Path, step: int, flops: FlopsPerToken, peak: float | None, rank: int) -> None:
+    def __init__(self, run: RunFolder, step: int, flops: FlopsPerToken, peak: float | None, rank: int) -> None:
         """Continue after `step`: what an interrupted run recorded later than that is dropped, it will be run again.
 
         Args:
-            folder: the run folder.
+            run: whose metrics these are.
             step: the last step that counts.
             flops: of a token.
             peak: FLOP/s of all devices together, or None where it is not known.
             rank: of this process.
         """
-        self._folder, self._peak, self._rank = folder, peak, rank
+        self._run, self._peak, self._rank = run, peak, rank
         self.flops = flops
         self.planned_memory: int | None = None
         """Bytes that a rank should need at most, if they are known."""
@@ -90,9 +89,9 @@ class Metrics:
     def _begin_after(self, step: int) -> None:
         """The file is replaced, so that what an older attempt still writes goes nowhere."""
         if self._rank == 0:
-            self.before = _drop_after(self._folder / "metrics.jsonl", step)[-KEPT_BEFORE:]
-            self._file = (self._folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = SummaryWriter(self._folder / "tensorboard", purge_step=step + 1)
+            self.before = _drop_after(self._run, step)[-KEPT_BEFORE:]
+            self._file = self._run.metrics_file.open("a", encoding="utf-8")
+            self._board = SummaryWriter(self._run.tensorboard, purge_step=step + 1)
 
     def go_back_to(self, step: int) -> None:
         """Drop what was recorded after `step`: the run continues from there."""
@@ -222,7 +221,7 @@ class Metrics:
             self._board.close()
 
 
-def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+def _drop_after(run: RunFolder, step: int) -> list[dict[str, Any]]:
+    kept = [record for record in run.metrics() if record["step"] <= step]
+    write_text(run.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
     return kept

@@ -8,13 +8,10 @@ from pathlib import Path
 from pretrain.config.run import RunConfig
 from pretrain.data.manifest import SplitEntry
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 
 VARIABLE = "DIPTYCH_PROFILE"
 """The environment variable by which ranks get the steps, as `N:M`."""
-
-
-FOLDER = "profile"
-"""Inside the run folder."""
 
 
 MOST_STEPS = 100
@@ -59,9 +56,9 @@ def requested_steps() -> ProfiledSteps | None:
     return ProfiledSteps.parse(text) if text else None
 
 
-def traces(run_folder: Path, first: int) -> list[Path]:
+def traces(run: RunFolder, first: int) -> list[Path]:
     """Those that begin at this step."""
-    return sorted((run_folder / FOLDER).glob(f"rank-*.steps-{first}-*.pt.trace.json"))
+    return sorted(run.profile.glob(f"rank-*.steps-{first}-*.pt.trace.json"))
 
 
 def check_steps(steps: ProfiledSteps, config: RunConfig, train: SplitEntry, done: int) -> bool:
@@ -71,7 +68,7 @@ def check_steps(steps: ProfiledSteps, config: RunConfig, train: SplitEntry, done
         UserError: it has and there is no trace, or it will end before.
     """
     if steps.first <= done:
-        if traces(config.run_folder, steps.first):
+        if traces(RunFolder.of(config), steps.first):
             return False
         raise UserError(f"--profile {steps}: the run is at step {done:,} already; profile steps from {done + 1:,} on")
     if steps.last > (most := most_steps(config, train)):

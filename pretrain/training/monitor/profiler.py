@@ -1,19 +1,19 @@
 """A torch profiler trace of some steps, a file from each rank: for Perfetto, or TensorBoard's profiler plugin."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from pretrain.training.monitor.profiled_steps import FOLDER, ProfiledSteps
+from pretrain.run.folder import RunFolder
+from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
 class StepProfiler:
     """Records some steps of one rank."""
 
-    def __init__(self, run_folder: Path, steps: ProfiledSteps | None, rank: int, device: torch.device) -> None:
-        self._folder, self._steps, self._rank = run_folder / FOLDER, steps, rank
+    def __init__(self, run: RunFolder, steps: ProfiledSteps | None, rank: int, device: torch.device) -> None:
+        self._folder, self._steps, self._rank = run.profile, steps, rank
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)

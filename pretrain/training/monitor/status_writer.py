@@ -4,7 +4,7 @@ import logging
 import time
 from typing import Any
 
-from pretrain.checkpoint.folder import TrainingState
+from pretrain.checkpoint.format import TrainingState
 from pretrain.redaction import redact
 from pretrain.run.attempt import Attempt
 from pretrain.run.status import Status
@@ -64,8 +64,12 @@ class Report:
         self.status.state, self.status.message = "interrupted", why
         self.event(why)
         if not self._attempt.superseded_by():
-            self.status.beat(self._attempt.run_folder)
+            self._beat()
 
     def _write(self) -> None:
         if self._rank == 0 and end_of(self._attempt) is None and not self._attempt.superseded_by():
-            self.status.beat(self._attempt.run_folder)
+            self._beat()
+
+    def _beat(self) -> None:
+        self.status.heartbeat = time.time()
+        self._attempt.run.write_status(self.status)

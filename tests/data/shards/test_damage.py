@@ -27,8 +27,8 @@ from pretrain.data.stream.packing import PackingRule
 from pretrain.data.stream.reader import RowSource
 from pretrain.data.stream.state import StreamState
 from pretrain.errors import UserError
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.collectives import any_rank
 from pretrain.training.trainer import Trainer
 from tests.data.stream.test_stream import first_steps, merged, rows_of
@@ -246,7 +246,7 @@ def test_training_on_two_ranks_goes_on_without_a_damaged_shard_and_says_what_was
     config = config_of(make_config, copy, data={"on_corrupt": "skip"}, training={"tokens": 3_000})
     open_run_folder(config, manifest)
     assert run_on_ranks(train, 2, tmp_path / "ranks", config, 2) == [0, 0]
-    records = [r for r in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in r]
+    records = [r for r in RunFolder(config.run_folder).metrics() if "loss" in r]
     assert records[-1]["samples_lost"] == entry.samples
     status = (config.run_folder / "status.json").read_text()
     assert f"{entry.samples} samples of damaged shards skipped" in status

@@ -21,7 +21,7 @@ from pretrain.data.stream.reader import RowSource
 from pretrain.data.stream.state import StreamState
 from pretrain.data.tokenizer import BOS, EOS
 from pretrain.model.layout import AttentionLayout
-from pretrain.run.folder import open_run_folder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.trainer import Trainer
 from tests.data.stream.test_stream import ids_of
 from tests.ranks import run_on_ranks

@@ -16,8 +16,8 @@ from pretrain.data.stream.packing import PackingRule, repeats_of
 from pretrain.data.stream.reader import RowSource, StreamReader
 from pretrain.data.stream.state import StreamState
 from pretrain.errors import UserError
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.trainer import Trainer
 from tests.data.stream.test_stream import first_steps, merged, rows_of
 from tests.ranks import run_on_ranks
@@ -159,7 +159,7 @@ def test_a_run_resumed_inside_phases_and_at_their_boundary_continues_bit_for_bit
         stops = [boundary - 3 if stop is None else stop for stop in stops]
         codes = run_on_ranks(train_in_pieces, 2, tmp_path / str(number), [config], [stops])
         assert codes == [[75] * (len(stops) - 1) + [0]] * 2
-        records = [r for r in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in r]
+        records = [r for r in RunFolder(config.run_folder).metrics() if "loss" in r]
         curves.append([(r["step"], r["tokens"], r["loss"], r["grad_norm"], r["rows_checksum"]) for r in records])
         boundary = sum(tokens < 3_000 for _, tokens, *_ in curves[0]) + 1
     assert curves[0] == curves[1]

@@ -23,6 +23,7 @@ from pretrain.evaluation.context.windows import draw_windows, make_rows, middle_
 from pretrain.evaluation.context.work import compute_part, missing_parts, part_path, run_parts
 from pretrain.evaluation.report.schema import LengthResult, read_report
 from pretrain.evaluation.report.writing import reading_table, table_rows, write_report
+from pretrain.run.folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -352,7 +353,7 @@ def test_the_report_says_which_length_did_not_fit(trained, evaluated, monkeypatc
     assert [r.multiple for r in finished.report.results] == [0.5, 1, 2, 4]
     assert finished.report.skipped["8x"] == "a row of 256 does not fit into the memory of cpu"
     assert {r.multiple for r in finished.report.readings} == {2, 4}
-    write_report(trained.run_folder, finished.folder, finished.report)
+    write_report(RunFolder.of(trained), finished.folder, finished.report)
     assert "8x: a row of 256 does not fit" in (finished.folder / "report.md").read_text()
 
 

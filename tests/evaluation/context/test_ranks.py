@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
 from tests.integration.test_whole_runs import diptych, start
 
 
@@ -56,8 +56,8 @@ def test_a_recalibration_is_a_run_of_its_own_that_goes_on_from_the_checkpoint(tr
     command = ("evaluate", "context", str(run), "--lengths", "1x,2x,4x", "windows=32", "--recalibrate", "6k")
     assert "recalibrating for 6,000 tokens" in diptych(tmp_path, *command)
     (folder,) = (run / "evaluation").glob("recalibrated-*")
-    records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
-    before = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r][-1]
+    records = [r for r in RunFolder(folder).metrics() if "loss" in r]
+    before = [r for r in RunFolder(run).metrics() if "loss" in r][-1]
     assert records[0]["step"] == before["step"] + 1
     assert records[-1]["tokens"] >= before["tokens"] + 6000
     report = json.loads((run / "evaluation" / "context" / "report.json").read_text())

@@ -12,6 +12,7 @@ from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
 from pretrain.evaluation.report.compare import read_groups, table_rows, write_comparison
 from pretrain.files import write_json
+from pretrain.run.folder import RunFolder
 from tests.browser import CHROMIUM, Browser
 
 
@@ -74,11 +75,12 @@ def test_what_cannot_be_compared_is_refused(runs, evaluated):
     path = runs / "c" / "evaluation" / "context" / "report.json"
     provenance = evaluated.report.provenance.model_copy(update={"fingerprint": "f" * 64})
     write_json(path, evaluated.report.model_copy(update={"provenance": provenance}).model_dump(mode="json"))
+    compared = [RunFolder(runs / "two-seed7"), RunFolder(runs / "c")]
     with pytest.raises(UserError, match="different corpora"):
-        read_groups([runs / "two-seed7", runs / "c"])
+        read_groups(compared)
     shutil.rmtree(runs / "c" / "evaluation")
     with pytest.raises(UserError, match="diptych evaluate context"):
-        read_groups([runs / "two-seed7", runs / "c"])
+        read_groups(compared)
     with pytest.raises(UserError, match="no run 'd'"):
         runs_meant(["d"], runs)
 

@@ -26,6 +26,7 @@ from pretrain.config.cluster import ClusterConfig, time_seconds
 from pretrain.config.load import load_config, validate
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
+from pretrain.run.folder import RunFolder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -159,7 +160,7 @@ def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make
     assert (folder / "code" / "configs" / "quickstart.yaml").is_file()
     assert load_config(str(config.run_folder / "config.yaml")) == config
     assert (folder.stat().st_mode & 0o777) == 0o700
-    record = newest_submission(config.run_folder)
+    record = newest_submission(RunFolder(config.run_folder))
     assert record is not None
     assert record.jobs == {}
     assert (folder / f"token-{record.token}").exists()
@@ -204,19 +205,20 @@ def test_the_commit_and_the_difference_from_it_are_kept(tmp_path, monkeypatch):
     commit = submission.copy_code(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", commit or "")
     (home / "launch" / "a.py").write_text("two\n")
-    assert submission.copy_code(make_folder(tmp_path)) == f"{commit}+"
+    assert submission.copy_code(make_folder(RunFolder(tmp_path).submissions)) == f"{commit}+"
     difference = (tmp_path / "submissions" / "001" / "code.diff").read_text()
     assert "-one\n+two\n" in difference
 
 
 def test_every_submission_has_a_folder_of_its_own(tmp_path):
     config = config_of({}, runs=str(tmp_path))
-    first, second = make_folder(tmp_path / "run"), make_folder(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    first, second = make_folder(run.submissions), make_folder(run.submissions)
     fill_folder(first, config)
-    assert newest_submission(tmp_path / "run") is not None
+    assert newest_submission(run) is not None
     latest = fill_folder(second, config)
-    assert submission_folders(tmp_path / "run") == [first, second]
-    assert newest_submission(tmp_path / "run") == latest
+    assert submission_folders(run) == [first, second]
+    assert newest_submission(run) == latest
 
 
 def test_only_numbers_of_nodes_that_divide_the_streams_are_used():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.model.summary import GROUPS
+from pretrain.run.folder import RunFolder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.clock import Timing
 from pretrain.training.monitor.metrics import Metrics, StepRecord, Usage
@@ -16,7 +17,7 @@ from pretrain.training.step import StepTotals
 @pytest.fixture
 def metrics(tmp_path):
     """Of 1,000 FLOPs a token and 500 a masked one, on a device of 8 MFLOP/s."""
-    made = Metrics(tmp_path, 0, FlopsPerToken(900, 100, 600, 500), 8e6, 0)
+    made = Metrics(RunFolder(tmp_path), 0, FlopsPerToken(900, 100, 600, 500), 8e6, 0)
     yield made
     made.close()
 

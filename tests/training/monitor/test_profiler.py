@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pretrain.errors import UserError
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.monitor.profiled_steps import VARIABLE, ProfiledSteps, check_steps, most_steps, traces
 from pretrain.training.monitor.profiler import StepProfiler
 from tests.ranks import run_on_ranks
@@ -68,7 +68,7 @@ def names_in(path: Path) -> set[str]:
 
 
 def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path):
-    profiler = StepProfiler(tmp_path, ProfiledSteps(2, 3), 1, torch.device("cpu"))
+    profiler = StepProfiler(RunFolder(tmp_path), ProfiledSteps(2, 3), 1, torch.device("cpu"))
     told = []
     for step in range(1, 5):
         profiler.begin(step)
@@ -76,23 +76,23 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path):
         told.append(profiler.end(step))
     assert [event is not None for event in told] == [False, False, True, False]
     assert profiler.close(4) is None
-    (path,) = traces(tmp_path, 2)
+    (path,) = traces(RunFolder(tmp_path), 2)
     assert path.name == "rank-0001.steps-2-3.pt.trace.json"
     assert str(tmp_path / "profile" / "rank-*.steps-2-3.pt.trace.json") in told[2]
     assert steps_in(path) == ["ProfilerStep#2", "ProfilerStep#3"]
 
 
 def test_a_run_that_ends_early_writes_what_there_is_or_says_that_there_is_nothing(tmp_path):
-    profiler = StepProfiler(tmp_path, ProfiledSteps(2, 9), 0, torch.device("cpu"))
+    profiler = StepProfiler(RunFolder(tmp_path), ProfiledSteps(2, 9), 0, torch.device("cpu"))
     profiler.begin(2)
     profiler.end(2)
     profiler.begin(3)  # whose rows are read, but a stop request comes
     assert "profile of steps 2 to 2" in profiler.close(2)
     assert "before step 5; there is no trace" in StepProfiler(
-        tmp_path, ProfiledSteps(5, 9), 0, torch.device("cpu")
+        RunFolder(tmp_path), ProfiledSteps(5, 9), 0, torch.device("cpu")
     ).close(4)
     # As a job that is put back into the queue after those steps.
-    assert StepProfiler(tmp_path, ProfiledSteps(2, 3), 0, torch.device("cpu")).close(7) is None
+    assert StepProfiler(RunFolder(tmp_path), ProfiledSteps(2, 3), 0, torch.device("cpu")).close(7) is None
 
 
 def train_in_pieces(rank, plain, profiled):
@@ -116,12 +116,12 @@ def test_a_resumed_run_that_is_profiled_trains_as_one_that_is_not_and_tells_what
     assert run_on_ranks(train_in_pieces, 2, tmp_path / "ranks", plain, profiled) == [[0, 75, 0]] * 2
     assert curve(plain) == curve(profiled)
     assert not (plain.run_folder / "profile").exists()
-    paths = traces(profiled.run_folder, 7)
+    paths = traces(RunFolder(profiled.run_folder), 7)
     assert [path.name[:9] for path in paths] == ["rank-0000", "rank-0001"]
     for path in paths:
         assert steps_in(path) == ["ProfilerStep#7", "ProfilerStep#8"]
         assert {"data", "forward", "backward", "optimizer", "communication"} <= names_in(path)
-    told = [r for r in read_metrics(profiled.run_folder / "metrics.jsonl") if "time_shares" in r]
+    told = [r for r in RunFolder(profiled.run_folder).metrics() if "time_shares" in r]
     assert [r["step"] for r in told if "grad_norms" in r] == list(range(2, told[-1]["step"] + 1, 2))
     for record in told:
         assert sum(record["time_shares"].values()) == pytest.approx(1, abs=1e-3)

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from pretrain.checkpoint.format import SavedFragments
+from pretrain.checkpoint.tensors import SavedFragments
 from pretrain.data.manifest import load_manifest
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from pretrain.training.cost.memory import model_states
 from pretrain.training.cost.plan import optimizer_shape
 from pretrain.training.load import load_checkpoint
@@ -34,7 +34,7 @@ def config_of(corpus_values, folder, name, sharding, kind="muon"):
 
 
 def curve(config):
-    return [record["loss"] for record in read_metrics(config.run_folder / "metrics.jsonl") if "loss" in record]
+    return [record["loss"] for record in RunFolder(config.run_folder).metrics() if "loss" in record]
 
 
 def checkpoint_of(config):

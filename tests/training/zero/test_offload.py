@@ -5,8 +5,8 @@ import math
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.run.folder import open_run_folder
-from pretrain.run.records import read_metrics
+from pretrain.run.folder import RunFolder
+from pretrain.run.opening import open_run_folder
 from tests.ranks import run_on_ranks
 from tests.training.test_training import curve, poisoned, skipped, train
 
@@ -16,7 +16,7 @@ OFFLOAD = {"optimizer": "cpu", "gradients": "nvme", "full": "nvme"}
 
 def by_group(config) -> list[dict[str, float]]:
     """Gradient norms and update/weight ratios of each step that is looked at."""
-    records = [r for r in read_metrics(config.run_folder / "metrics.jsonl") if "grad_norms" in r]
+    records = [r for r in RunFolder(config.run_folder).metrics() if "grad_norms" in r]
     assert [r["step"] for r in records] == list(range(2, records[-1]["step"] + 1, 2))
     return [
         {f"{kind} {name}": value for kind in ("grad_norms", "update_ratios") for name, value in r[kind].items()}
