@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart install test test-slow lint clean
+.PHONY: help quickstart install test test-slow mutate lint clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ test: install  ## lint, types, and the fast tests
 
 test-slow: install  ## the tests that take longer: whole runs, kills, resumes
 	$(VENV)/bin/python -m pytest -m slow --durations=20
+
+mutate: install  ## change N=20 things in ROOM=pretrain/data/stream, one at a time: what does no test notice?
+	$(VENV)/bin/python -m tests.mutate $(ROOM) --number $(or $(N),20) --seed $(or $(SEED),0)
 
 lint: install
 	$(VENV)/bin/ruff check .
