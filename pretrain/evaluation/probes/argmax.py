@@ -19,7 +19,6 @@ from pretrain.batch import Batch
 from pretrain.config.model import ModelConfig
 from pretrain.evaluation.probes.grid import (
     COLOURS,
-    HELD_OUT,
     Attention,
     Report,
     curve_steps,
@@ -71,6 +70,8 @@ class ProbeSettings:
     """Share of the steps, at the end, during which it falls to zero."""
     held_out: int = 2048
     """Sequences that the final accuracy is measured on."""
+    held_out_seed: int = 2**31
+    """Added to a cell's seed for these. A torch generator keeps 32 bits of its seed: larger ones come round again."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _train_cell(cell: Cell, settings: ProbeSettings) -> CellResult:
 @torch.inference_mode()
 def _measure(probe: PositionProbe, seed: int, settings: ProbeSettings) -> tuple[float, float]:
     """Accuracy and loss on held-out sequences."""
-    values, answer = draw_sequences(settings.held_out, torch.Generator().manual_seed(seed + HELD_OUT))
+    values, answer = draw_sequences(settings.held_out, torch.Generator().manual_seed(seed + settings.held_out_seed))
     scores = torch.cat([probe(part, probe_layout(len(part))) for part in values.split(256)])
     return float((scores.argmax(dim=1) == answer).double().mean()), float(F.cross_entropy(scores, answer))
 

@@ -29,10 +29,6 @@ Report = Callable[[str, int, int], None]
 RESULTS, TABLE, PLOT = "results.json", "table.md", "accuracy.png"
 
 
-HELD_OUT = 2**32
-"""Added to a seed for what accuracy is measured on."""
-
-
 COLOURS: dict[Attention, str] = {"dual_triangle": "#7c3aed", "bidirectional": "#6b7280", "causal": "#d97706"}
 
 
@@ -135,7 +131,8 @@ def _load_cell(folder: Path, cell: Cell, settings: Any) -> dict[str, Any] | None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(asdict(settings)))
     if content["settings"] != wanted:
-        other = {key: value for key, value in content["settings"].items() if value != wanted.get(key)}
+        saved = content["settings"]
+        other = {key: saved.get(key) for key in saved | wanted if saved.get(key) != wanted.get(key)}
         raise UserError(
             f"{path} was trained with other settings ({', '.join(f'{k}={v}' for k, v in other.items())}); choose "
             "another folder with --out, or remove this one"

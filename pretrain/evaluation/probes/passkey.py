@@ -20,7 +20,7 @@ from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
 from pretrain.evaluation.context.interventions import Reading, reading_with
 from pretrain.evaluation.context.tasks import KEY, SPAN, TaskRows, Vocabulary, draw_rows
-from pretrain.evaluation.probes.grid import HELD_OUT, Attention, curve_steps, learning_rate_share, one_thread
+from pretrain.evaluation.probes.grid import Attention, curve_steps, learning_rate_share, one_thread
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 
@@ -32,6 +32,10 @@ READINGS: tuple[Reading, ...] = ("plain", "log_length")
 
 
 _SPECIAL = len(SPECIAL_PIECES)
+
+
+_MEASURED = 2**32
+"""Added to a cell's seed for the rows that are measured."""
 
 
 _ROWS_AT_ONCE = 32_768
@@ -242,7 +246,7 @@ def measure(model: MaskedLanguageModel, seed: int, settings: PasskeySettings) ->
     model.eval()
     for factor in settings.factors:
         length = factor * trained
-        rows = draw_rows("passkey", length, trained, settings.samples, keys, seed + HELD_OUT)
+        rows = draw_rows("passkey", length, trained, settings.samples, keys, seed + _MEASURED)
         for reading in READINGS:
             if reading == "plain" or factor > 1:
                 with torch.inference_mode(), reading_with(model.encoder, reading, length, trained):

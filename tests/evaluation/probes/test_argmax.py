@@ -109,6 +109,22 @@ def test_a_cell_is_the_same_each_time_whatever_was_drawn_before():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_held_out_sequences_are_no_sequences_of_the_training(seed, monkeypatch):
+    drawn = []
+
+    def record(num, generator):
+        values, answer = draw_sequences(num, generator)
+        drawn.append(values)
+        return values, answer
+
+    monkeypatch.setattr(argmax, "draw_sequences", record)
+    train_cell(Cell("causal", "none", seed), TINY)
+    *training, held_out = drawn
+    assert (len(torch.cat(training)), len(held_out)) == (TINY.steps * TINY.batch_size, TINY.held_out)
+    assert not set(map(tuple, torch.cat(training).tolist())) & set(map(tuple, held_out.tolist()))
+
+
 def test_kinds_are_means_over_seeds_beside_chance():
     accuracies = [0.5, 0.75, CHANCE]
     cells = [Cell("causal", "none", 0), Cell("causal", "none", 1), Cell("bidirectional", "none", 0)]
@@ -144,6 +160,12 @@ def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
     run_argmax(tmp_path, ["causal"], ["none"], [0], TINY)
     with pytest.raises(UserError, match=r"other settings \(steps=4\); choose another folder with --out"):
         run_argmax(tmp_path, ["causal"], ["none"], [0], ProbeSettings(steps=5, batch_size=4, held_out=16))
+    path = tmp_path / "cells" / "causal-none-0.json"
+    cell = json.loads(path.read_text())
+    del cell["settings"]["held_out_seed"]
+    path.write_text(json.dumps(cell))
+    with pytest.raises(UserError, match=r"other settings \(held_out_seed=None\)"):
+        run_argmax(tmp_path, ["causal"], ["none"], [0], TINY)
 
 
 def test_the_command_writes_its_files_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
