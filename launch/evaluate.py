@@ -69,7 +69,7 @@ def evaluate_context(
     """
     from pretrain.evaluation.context.evaluate import evaluate
     from pretrain.evaluation.context.planning import Request
-    from pretrain.evaluation.report.writing import write_report
+    from pretrain.evaluation.report.writing import write_context_report
 
     gpus = num_gpus()
     if gpus and num_ranks > gpus:
@@ -91,7 +91,7 @@ def evaluate_context(
         finished = evaluate(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
     if recalibrate is not None:
         finished = _recalibrated(finished, recalibrate, num_ranks, console)
-    write_report(run, finished.folder, finished.report)
+    write_context_report(run, finished.folder, finished.report)
     show_report(finished.report, finished.folder, console)
 
 
@@ -121,10 +121,13 @@ def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Co
 
 def show_report(report: "ContextReport", folder: Path, console: Console) -> None:
     """The curve, the headline, and where the rest is."""
-    from pretrain.evaluation.report.writing import COLUMNS, table_rows
+    from pretrain.evaluation.report.sections import length_table
 
     title = f"Context extension of {report.run}, step {report.step}"
-    console.print(fitting_table(console, title, COLUMNS, table_rows(report), dispensable="95 %"))
+    table = length_table(report)
+    # The last column, a difference to the row above, is for the page.
+    rows = [row[:-1] for row in table.texts]
+    console.print(fitting_table(console, title, table.header[:-1], rows, dispensable="95 %"))
     say(console, report.headline, "bold")
     for what, why in report.skipped.items():
         if what.endswith("x"):

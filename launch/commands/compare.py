@@ -26,7 +26,7 @@ def compare(
     from launch.runs import runs_meant
     from launch.terminal.console import make_console, say
     from launch.terminal.tables import table
-    from pretrain.evaluation.report.compare import read_groups, table_rows, write_comparison
+    from pretrain.evaluation.report.compare import comparison_table, read_run_kinds, write_comparison
 
     console, found = make_console(), []
     for name in runs:
@@ -36,10 +36,10 @@ def compare(
         if len(written) < len(meant) and written:
             say(console, f"{name}: {len(meant) - len(written)} of {len(meant)} runs have no report, and are left out")
         found += written or meant
-    groups = read_groups(found, evaluation)
-    write_comparison(out, groups)
-    header, rows = table_rows(groups)
-    compared = table("Context extension compared", header, rows)
+    kinds = read_run_kinds(found, evaluation)
+    write_comparison(out, kinds)
+    numbers = comparison_table(kinds)
+    compared = table("Context extension compared", numbers.header, numbers.texts)
     compared.columns[0].no_wrap = True
     console.print(compared)
     say(console, f"comparison: {(out / 'compare.html').absolute()}, compare.md")

@@ -8,7 +8,7 @@ from pretrain.config.run import RunConfig
 from pretrain.data.manifest import load_manifest
 from pretrain.evaluation.context.evaluate import Finished, evaluate
 from pretrain.evaluation.context.planning import Request
-from pretrain.evaluation.report.writing import write_report
+from pretrain.evaluation.report.writing import write_context_report
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
 from tests.conftest import tiny_run
@@ -36,5 +36,5 @@ def trained(tmp_path_factory, corpus_values) -> RunConfig:
 def evaluated(trained) -> Finished:
     """The evaluation as it is after every training, and its report written."""
     finished = evaluate(Request(trained.run_folder), command=["diptych", "evaluate", "context", "run"])
-    write_report(RunFolder.of(trained), finished.folder, finished.report)
+    write_context_report(RunFolder.of(trained), finished.folder, finished.report)
     return finished

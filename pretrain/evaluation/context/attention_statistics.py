@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.evaluation.report.schema import EDGE_TOKENS
 from pretrain.model.encoder import Encoder
 from pretrain.model.kernels import TRIANGLES, Kind, split_heads
 
 QUERIES = 64
 """Sampled in each row, evenly."""
-
-
-EDGE = 4
-"""Tokens at either end of the window whose mass is told apart."""
 
 
 _BESIDE = 16
@@ -69,8 +66,8 @@ def _one(q: Tensor, k: Tensor, allowed: Tensor, ahead: Tensor, queries: Tensor) 
     uniform = allowed.sum(dim=-1).double().log().mean()
     length = k.shape[1]
     mean = weights.mean(dim=(0, 1))
-    first = _mass(mean[:, :EDGE].sum(dim=-1), queries >= EDGE + _BESIDE)
-    last = _mass(mean[:, -EDGE:].sum(dim=-1), queries < length - EDGE - _BESIDE)
+    first = _mass(mean[:, :EDGE_TOKENS].sum(dim=-1), queries >= EDGE_TOKENS + _BESIDE)
+    last = _mass(mean[:, -EDGE_TOKENS:].sum(dim=-1), queries < length - EDGE_TOKENS - _BESIDE)
     bounds = torch.tensor(distance_bounds(length), device=k.device)
     bins = torch.bucketize(ahead.abs(), bounds, right=True) - 1
     by_distance = torch.zeros(len(bounds), device=k.device).index_add_(0, bins.flatten(), mean.flatten()) / len(queries)

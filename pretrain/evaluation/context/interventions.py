@@ -6,30 +6,17 @@ A reading is set for rows of one length and taken back afterwards. `plain` is th
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from pretrain.config.model import ModelConfig
+from pretrain.evaluation.report.titles import Intervention
 from pretrain.model.encoder import Block, Encoder
 from pretrain.model.kernels import TRIANGLES
 from pretrain.model.rotary import RotaryScaling
 
-Reading = Literal[
-    "plain",
-    "interpolation",
-    "ntk",
-    "dynamic_ntk",
-    "yarn",
-    "dropped",
-    "log_length",
-    "windowed",
-    "without_past",
-    "without_future",
-]
-
-
-INTERVENTIONS: tuple[Reading, ...] = (
+INTERVENTIONS: tuple[Intervention, ...] = (
     "interpolation",
     "ntk",
     "dynamic_ntk",
@@ -40,7 +27,7 @@ INTERVENTIONS: tuple[Reading, ...] = (
 )
 
 
-ABLATIONS: tuple[Reading, ...] = ("without_past", "without_future")
+ABLATIONS: tuple[Intervention, ...] = ("without_past", "without_future")
 
 
 _SCALINGS = ("interpolation", "ntk", "dynamic_ntk", "yarn")
@@ -50,37 +37,7 @@ FACTORED = frozenset({"interpolation", "ntk", "yarn"})
 """Set for one longest length: at the training length they change the encoder too, by the same factor."""
 
 
-TITLES: dict[Reading, str] = {
-    "plain": "as trained",
-    "interpolation": "position interpolation",
-    "ntk": "NTK-aware",
-    "dynamic_ntk": "dynamic NTK",
-    "yarn": "YaRN",
-    "dropped": "positions dropped",
-    "log_length": "scores scaled by log length",
-    "windowed": "windowed to the training length",
-    "without_past": "without the past triangle",
-    "without_future": "without the future triangle",
-}
-
-
-MEANINGS: dict[Reading, str] = {
-    "interpolation": "positions divided by the factor (arXiv 2306.15595)",
-    "ntk": "the rotary base raised, so that only low frequencies slow down (arXiv 2309.00071, 3.1)",
-    "dynamic_ntk": "the same, by each row's own length (arXiv 2309.00071, 3.3)",
-    "yarn": "interpolation of low frequencies only, and sharper attention (arXiv 2309.00071)",
-    "dropped": "no rotary positions at all (arXiv 2512.12167, there after a recalibration)",
-    "log_length": "scores multiplied by log n / log n_train beyond the training length (arXiv 2202.12172)",
-    "windowed": "no triangle reaches further than the training length",
-}
-
-
-def title_of(reading: str) -> str:
-    """A reading for people; anything else stays as it is."""
-    return next((title for name, title in TITLES.items() if name == reading), reading)
-
-
-def reason_against(reading: Reading, config: ModelConfig, training_length: int) -> str | None:
+def reason_against(reading: Intervention, config: ModelConfig, training_length: int) -> str | None:
     """Why a reading has no meaning for an encoder; None if it has one."""
     sees_far = any(layer.window is None or layer.window > training_length for layer in config.resolved_layers)
     if reading in (*_SCALINGS, "dropped") and not config.rotates:
@@ -102,7 +59,7 @@ def reason_against(reading: Reading, config: ModelConfig, training_length: int) 
 
 @contextmanager
 def reading_with(
-    encoder: Encoder, reading: Reading, length: int, training_length: int, factor: float = 1.0
+    encoder: Encoder, reading: Intervention, length: int, training_length: int, factor: float = 1.0
 ) -> Iterator[None]:
     """Read rows of `length` so inside; the encoder is as before afterwards.
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.config.section import Section
-from pretrain.evaluation.context.interventions import FACTORED, Reading
+from pretrain.evaluation.context.interventions import FACTORED
 from pretrain.evaluation.context.tasks import num_rows
 from pretrain.evaluation.context.windows import window_length
+from pretrain.evaluation.report.titles import Intervention
 from pretrain.run.folder import RunFolder
 
 Kind = Literal["scores", "task", "attention", "pseudo"]
@@ -43,7 +44,7 @@ class Part:
 
     kind: Kind
     multiple: float
-    reading: Reading = "plain"
+    reading: Intervention = "plain"
     factor: float = 1.0
     """Of the reading."""
     task: Task | None = None
@@ -87,8 +88,8 @@ class Plan(Section):
     windows: int
     reading_windows: int
     """The first of the windows, on which readings are compared."""
-    readings: list[Reading]
-    ablations: list[Reading]
+    readings: list[Intervention]
+    ablations: list[Intervention]
     """Triangles to switch off."""
     tasks: list[Task]
     task_samples: int
@@ -144,7 +145,7 @@ class Plan(Section):
         return [m for m in self.multiples if m >= 1]
 
     def _scores(
-        self, windows: int, reading: Reading, multiples: Sequence[float], factor: float | None = None
+        self, windows: int, reading: Intervention, multiples: Sequence[float], factor: float | None = None
     ) -> list[Part]:
         parts = []
         for multiple in multiples:
@@ -161,7 +162,7 @@ class Plan(Section):
         self,
         kind: Kind,
         multiple: float,
-        reading: Reading = "plain",
+        reading: Intervention = "plain",
         factor: float = 1.0,
         first: int = 0,
         last: int = 0,

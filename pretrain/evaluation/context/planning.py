@@ -14,10 +14,11 @@ from pretrain.config.run import RunConfig
 from pretrain.config.section import Section
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
-from pretrain.evaluation.context.interventions import ABLATIONS, INTERVENTIONS, Reading, reason_against
+from pretrain.evaluation.context.interventions import ABLATIONS, INTERVENTIONS, reason_against
 from pretrain.evaluation.context.plan import TASKS, Plan
 from pretrain.evaluation.context.session import Session, checkpoint_digest, config_of_run
 from pretrain.evaluation.context.windows import Ids, make_rows, read_documents, window_length
+from pretrain.evaluation.report.titles import Intervention
 from pretrain.files import write_json
 from pretrain.run.folder import RunFolder
 
@@ -153,9 +154,9 @@ def _bounded(numbers: dict[str, int], blocks: int) -> dict[str, int]:
     return {key: min(value, windows) if key in parts else value for key, value in numbers.items()}
 
 
-def _possible_readings(config: RunConfig) -> tuple[list[Reading], dict[str, str]]:
+def _possible_readings(config: RunConfig) -> tuple[list[Intervention], dict[str, str]]:
     """Readings that have a meaning for the run's encoder, and why the others have none."""
-    possible: list[Reading] = []
+    possible: list[Intervention] = []
     skipped: dict[str, str] = {}
     for reading in (*INTERVENTIONS, *ABLATIONS):
         reason = reason_against(reading, config.model, config.data.sequence_length)

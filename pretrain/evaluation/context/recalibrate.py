@@ -15,7 +15,7 @@ from pretrain.evaluation.context.plan import Plan
 from pretrain.evaluation.context.results import Evaluation
 from pretrain.evaluation.context.session import Session
 from pretrain.evaluation.context.statistics import DocumentBootstrap
-from pretrain.evaluation.report.schema import ReadingResult, RecalibrationResult
+from pretrain.evaluation.report.schema import InterventionResult, RecalibrationResult
 from pretrain.run.folder import RunFolder
 
 
@@ -77,7 +77,7 @@ def recalibration_result(
         losses = after.plain(multiple).losses
         loss, gain = bootstrap.mean(losses), bootstrap.mean(control - losses)
         results.append(
-            ReadingResult(
+            InterventionResult(
                 reading="recalibrated",
                 multiple=multiple,
                 factor=1.0,

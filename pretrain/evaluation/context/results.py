@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pretrain.errors import UserError
 from pretrain.evaluation.context.attention_statistics import FIELDS
-from pretrain.evaluation.context.interventions import FACTORED, Reading
+from pretrain.evaluation.context.interventions import FACTORED
 from pretrain.evaluation.context.plan import Part
 from pretrain.evaluation.context.session import Session
 from pretrain.evaluation.context.statistics import Bools, DocumentBootstrap, Floats, doubling_bins, even_bins, wilson
@@ -28,14 +28,15 @@ from pretrain.evaluation.report.schema import (
     AttentionResult,
     Bin,
     ContextNeed,
+    InterventionResult,
     LengthResult,
-    Profile,
+    LossProfile,
     PseudoResult,
-    ReadingResult,
     SpeedResult,
     TaskCell,
     TaskResult,
 )
+from pretrain.evaluation.report.titles import Intervention
 from pretrain.model.kernels import TRIANGLES
 
 HELD_WITHIN = 0.01
@@ -88,7 +89,7 @@ class Evaluation:
             self._loaded[part.name] = load_part(self._folder, self.plan, part)
         return self._loaded[part.name]
 
-    def scores(self, reading: Reading, multiple: float, factor: float = 1.0) -> Scores | None:
+    def scores(self, reading: Intervention, multiple: float, factor: float = 1.0) -> Scores | None:
         """Of all windows of a reading; None where they did not fit or were not planned."""
         key = ("scores", None, reading, multiple, factor if reading in FACTORED else 1.0)
         arrays = [self._arrays(part) for part in self._parts.get(key, [])]
@@ -189,7 +190,7 @@ class Evaluation:
         threshold = self.plan.context_threshold
         return ContextNeed(threshold=threshold, short_length=short, targets=int(self.needing.sum()))
 
-    def profiles(self) -> list[Profile]:
+    def profiles(self) -> list[LossProfile]:
         """Losses by position, by distance to the edge and by document length."""
         profiles = []
         lengths = np.array([w.document_length for w in self.session.windows])[self.window_of_target]
@@ -206,7 +207,9 @@ class Evaluation:
                     doubling_bins(self.plan.training_length, lengths.max()),
                 ),
             ]
-            profiles += [Profile(multiple=multiple, by=by, bins=self._bins(multiple, q, b)) for by, q, b in quantities]
+            profiles += [
+                LossProfile(multiple=multiple, by=by, bins=self._bins(multiple, q, b)) for by, q, b in quantities
+            ]
         return profiles
 
     def _bins(self, multiple: float, quantity: Floats, bounds: Sequence[tuple[float, float]]) -> list[Bin]:
@@ -223,7 +226,7 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------ readings
 
-    def reading_results(self, readings: Sequence[Reading]) -> list[ReadingResult]:
+    def reading_results(self, readings: Sequence[Intervention]) -> list[InterventionResult]:
         """Each reading at every longer length that fits, beside the plain encoder on the same windows."""
         results = []
         for reading in ("plain", *readings):
@@ -236,7 +239,7 @@ class Evaluation:
                 results.append(self._reading_result(reading, multiple, factor, long, short))
         return results
 
-    def ablation_results(self) -> list[ReadingResult]:
+    def ablation_results(self) -> list[InterventionResult]:
         """Each triangle switched off, at the training length and at the longest."""
         results = []
         for reading in self.plan.ablations:
@@ -248,8 +251,8 @@ class Evaluation:
         return results
 
     def _reading_result(
-        self, reading: Reading, multiple: float, factor: float, long: Scores, short: Scores
-    ) -> ReadingResult:
+        self, reading: Intervention, multiple: float, factor: float, long: Scores, short: Scores
+    ) -> InterventionResult:
         chosen = self.first_targets(self.plan.reading_windows)
         control = self.plain(1.0).losses[chosen]
         bootstrap = DocumentBootstrap(self.documents[chosen], self.plan.seed)
@@ -257,7 +260,7 @@ class Evaluation:
         losses, at_training = long.losses[: len(control)], short.losses[: len(control)]
         loss, gain = bootstrap.mean(losses), bootstrap.mean(control - losses)
         regression = bootstrap.mean(at_training - control)
-        return ReadingResult(
+        return InterventionResult(
             reading=reading,
             multiple=multiple,
             factor=factor,

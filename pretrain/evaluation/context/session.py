@@ -18,10 +18,11 @@ from pretrain.config.run import RunConfig
 from pretrain.data.manifest import TOKEN_COUNTS, Manifest, load_manifest
 from pretrain.data.stream.loader import masking_rule
 from pretrain.errors import UserError
-from pretrain.evaluation.context.interventions import Reading, reading_with
+from pretrain.evaluation.context.interventions import reading_with
 from pretrain.evaluation.context.plan import Plan
 from pretrain.evaluation.context.tasks import Vocabulary
 from pretrain.evaluation.context.windows import Ids, Rows, Window, draw_windows, read_documents
+from pretrain.evaluation.report.titles import Intervention
 from pretrain.files import sha256_of
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
@@ -111,7 +112,7 @@ class Session:
         """What synthetic tasks are made of."""
         return Vocabulary.from_counts(self.token_counts, self.rule.is_special, self.plan.seed)
 
-    def reading(self, reading: Reading, length: int, factor: float) -> AbstractContextManager[None]:
+    def reading(self, reading: Intervention, length: int, factor: float) -> AbstractContextManager[None]:
         """Inside, the encoder reads rows of `length` so."""
         return reading_with(self.model.encoder, reading, length, self.plan.training_length, factor)
 

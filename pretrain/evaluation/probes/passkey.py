@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
-from pretrain.evaluation.context.interventions import Reading, reading_with
+from pretrain.evaluation.context.interventions import reading_with
 from pretrain.evaluation.context.tasks import KEY, SPAN, TaskRows, Vocabulary, draw_rows
 from pretrain.evaluation.probes.grid import Attention, curve_steps, learning_rate_share, one_thread
+from pretrain.evaluation.report.titles import Intervention
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 
@@ -28,7 +29,7 @@ Pattern = Literal["local_global", "rotary", "none"]
 """A local rotary layer and a global one without positions; rotary positions in every layer; no positions at all."""
 
 
-READINGS: tuple[Reading, ...] = ("plain", "log_length")
+READINGS: tuple[Intervention, ...] = ("plain", "log_length")
 
 
 _SPECIAL = len(SPECIAL_PIECES)
@@ -102,7 +103,7 @@ class Cell:
 class Found:
     """How many keys a cell found at one length and distance, by one reading."""
 
-    reading: Reading
+    reading: Intervention
     factor: int
     """Length of the rows in training lengths."""
     distance: int

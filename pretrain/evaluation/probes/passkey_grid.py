@@ -7,8 +7,6 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 
-from pretrain.evaluation.context.interventions import TITLES as READING_TITLES
-from pretrain.evaluation.context.interventions import Reading
 from pretrain.evaluation.context.tasks import CANDIDATES, KEY
 from pretrain.evaluation.probes.grid import COLOURS, Attention, Report, markdown_table, train_grid, write_results
 from pretrain.evaluation.probes.passkey import (
@@ -20,6 +18,7 @@ from pretrain.evaluation.probes.passkey import (
     restore,
     train_cell,
 )
+from pretrain.evaluation.report.titles import INTERVENTION_TITLES, Intervention
 
 PATTERNS: dict[Pattern, str] = {"local_global": "local-global", "rotary": "rotary", "none": "no positions"}
 
@@ -86,7 +85,7 @@ def run_passkey(
     return results
 
 
-def share_found(results: Sequence[CellResult], measure: Measure, reading: Reading, factor: int) -> list[float]:
+def share_found(results: Sequence[CellResult], measure: Measure, reading: Intervention, factor: int) -> list[float]:
     """Of every cell, the share found by a reading in rows of a length; every distance, depth and side counts alike."""
     chosen = [[f for f in result.found if (f.reading, f.factor) == (reading, factor)] for result in results]
     per_row = 1 if measure == "keys" else KEY
@@ -143,7 +142,7 @@ def _plot(results: Sequence[CellResult]) -> Figure:
         axes.axvline(settings.training_length, color="black", linewidth=0.8, alpha=0.4, label="longest row trained on")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.set(xlabel="length of the row in tokens", ylim=(-0.02, 1.02), title=READING_TITLES[reading])
+        axes.set(xlabel="length of the row in tokens", ylim=(-0.02, 1.02), title=INTERVENTION_TITLES[reading])
     panels[0].set_ylabel("whole keys found")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)

@@ -3,24 +3,28 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from pretrain import __version__
 from pretrain.config.identity import changes
 from pretrain.errors import UserError
-from pretrain.evaluation.report.charts import Line, line_chart
-from pretrain.evaluation.report.page import Cell, card, document, grid, section, table
+from pretrain.evaluation.report.charts import Line
+from pretrain.evaluation.report.html import html_page
+from pretrain.evaluation.report.markdown import markdown_page
 from pretrain.evaluation.report.schema import ContextReport, read_report
+from pretrain.evaluation.report.section import Card, Facts, Page, Section, Table, over_context
 from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
+
+_NATS = "nats per masked token"
+
 
 _NAMES = ("seed", "name", "runs")
 """Keys of the config in which runs of one kind may differ."""
 
 
 @dataclass(frozen=True)
-class Group:
+class RunKind:
     """Runs that differ in nothing but their seed."""
 
     name: str
@@ -34,7 +38,7 @@ class Group:
         return sum(found) / len(found), min(found), max(found)
 
 
-def read_groups(runs: Sequence[RunFolder], evaluation: str = "context") -> list[Group]:
+def read_run_kinds(runs: Sequence[RunFolder], evaluation: str = "context") -> list[RunKind]:
     """The reports of some runs, those that differ in nothing but the seed together, in the order given.
 
     Args:
@@ -44,17 +48,17 @@ def read_groups(runs: Sequence[RunFolder], evaluation: str = "context") -> list[
     Raises:
         UserError: a run has no report of this version, or two were measured on different documents or lengths.
     """
-    groups: list[tuple[RunFolder, Group]] = []
+    kinds: list[tuple[RunFolder, RunKind]] = []
     for run in dict.fromkeys(runs):
         report = read_report(run.report(evaluation))
-        for other, group in groups:
+        for other, kind in kinds:
             if not _differences(run, other):
-                group.reports.append(report)
+                kind.reports.append(report)
                 break
         else:
-            groups.append((run, Group(run.name, [report])))
-    found = [Group(_without_seed(g.name), g.reports) if len(g.reports) > 1 else g for _, g in groups]
-    _check_comparable([report for group in found for report in group.reports])
+            kinds.append((run, RunKind(run.name, [report])))
+    found = [RunKind(_without_seed(k.name), k.reports) if len(k.reports) > 1 else k for _, k in kinds]
+    _check_comparable([report for kind in found for report in kind.reports])
     return found
 
 
@@ -84,92 +88,76 @@ def _check_comparable(reports: Sequence[ContextReport]) -> None:
                 )
 
 
-def table_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: loss and gain of every group at every length, means over its seeds."""
-    multiples = _multiples(groups)
-    header = ["run", "seeds", *(f"loss at {m:g}x" for m in multiples), *(f"gain at {m:g}x" for m in multiples if m > 1)]
-    header.append("effective length")
+def comparison_table(kinds: Sequence[RunKind]) -> Table:
+    """Return loss and gain of every kind of run at every length, means over its seeds."""
+    multiples = _multiples(kinds)
+    long = [m for m in multiples if m > 1]
     rows = []
-    for group in groups:
-        losses = [_cell(group.mean("loss", m), ".3f") for m in multiples]
-        gains = [_cell(group.mean("gain", m), "+.3f") for m in multiples if m > 1]
-        effective = ", ".join(f"{report.effective_multiple:g}x" for report in group.reports)
-        rows.append([group.name, str(len(group.reports)), *losses, *gains, effective])
-    return header, rows
+    for kind in kinds:
+        losses = [_mean_and_range(kind.mean("loss", m), ".3f") for m in multiples]
+        gains = [_mean_and_range(kind.mean("gain", m), "+.3f") for m in long]
+        effective = ", ".join(f"{report.effective_multiple:g}x" for report in kind.reports)
+        rows.append([kind.name, str(len(kind.reports)), *losses, *gains, effective])
+    columns = [*(f"loss at {m:g}x" for m in multiples), *(f"gain at {m:g}x" for m in long)]
+    return Table(["run", "seeds", *columns, "effective length"], rows)
 
 
-def _cell(found: tuple[float, float, float] | None, form: str) -> str:
+def _mean_and_range(found: tuple[float, float, float] | None, form: str) -> str:
     if found is None:
         return "-"
     mean, low, high = (format(value, form) for value in found)
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _multiples(groups: Sequence[Group]) -> list[float]:
-    return sorted({r.multiple for group in groups for report in group.reports for r in report.results})
+def _multiples(kinds: Sequence[RunKind]) -> list[float]:
+    return sorted({r.multiple for kind in kinds for report in kind.reports for r in report.results})
 
 
-def write_comparison(folder: Path, groups: Sequence[Group]) -> None:
+def write_comparison(folder: Path, kinds: Sequence[RunKind]) -> None:
     """Write compare.html and compare.md."""
-    header, rows = table_rows(groups)
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
-    runs = "\n".join(
-        f"- {r.run}: seed {r.provenance.seed}, step {r.step}, `{r.provenance.config}`" for r in _all(groups)
-    )
-    text = "\n".join(lines)
-    write_text(folder / "compare.md", f"# Context extension compared\n\n{text}\n\n{_NOTE}\n\n{runs}\n")
-    write_text(folder / "compare.html", document("Context extension compared", _body(groups, header, rows)))
+    page = _comparison_page(kinds)
+    write_text(folder / "compare.md", markdown_page(page))
+    write_text(folder / "compare.html", html_page(page))
 
 
-_NOTE = (
-    "Loss in nats per masked token. Gain: loss from the window of the training length minus loss from the longer one, "
-    "on the same tokens.\nRuns that differ in nothing but their seed are averaged; in brackets, the lowest and the "
-    "highest."
-)
-
-
-def _all(groups: Sequence[Group]) -> list[ContextReport]:
-    return [report for group in groups for report in group.reports]
-
-
-def _body(groups: Sequence[Group], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def lines(field: str, lowest: float) -> list[Line]:
-        made = []
-        for group in groups:
-            means = {m: group.mean(field, m) for m in _multiples(groups) if m >= lowest}
-            points = [(m, found[0]) for m, found in means.items() if found]
-            band = [(found[1], found[2]) for found in means.values() if found] if len(group.reports) > 1 else []
-            made.append(Line(group.name, points, band))
-        return [line for line in made if line.points]
-
-    def chart(field: str, lowest: float, *, zero: bool) -> str:
-        drawn = lines(field, lowest)
-        return line_chart(
-            drawn,
-            x_label="context",
-            y_label="nats per masked token",
-            log_x=True,
-            x_ticks=sorted({x for line in drawn for x, _ in line.points}),
-            x_name=lambda x: f"{x:g}x",
-            zero=zero,
-        )
-
+def _comparison_page(kinds: Sequence[RunKind]) -> Page:
     cards = [
-        card("Loss by context length", chart("loss", 0, zero=False)),
-        card("Gain over the crop", chart("gain", 1, zero=True), "Above zero, far context helps."),
+        Card("Loss by context length", over_context(_lines(kinds, "loss", 0), _NATS, zero=False)),
+        Card("Gain over the crop", over_context(_lines(kinds, "gain", 1), _NATS), "Above zero, far context helps."),
     ]
-    if lines("needing_gain", 1):
-        cards.append(card("Gain of the tokens that need context", chart("needing_gain", 1, zero=True)))
-    cells: list[list[Cell]] = [list(row) for row in rows]
-    cards.append(card("Every run", table(header, cells), _NOTE, wide=True))
-    reports = _all(groups)
-    facts = "".join(
-        f"<dt>{escape(r.run)}</dt><dd>{escape(r.headline)} Seed {r.provenance.seed}, step {r.step}, "
-        f"{r.tokens_seen:,} tokens; {escape(r.provenance.config)}</dd>"
+    if needing := _lines(kinds, "needing_gain", 1):
+        cards.append(Card("Gain of the tokens that need context", over_context(needing, _NATS)))
+    note = (
+        "Loss in nats per masked token. Gain: loss from the window of the training length minus loss from the longer "
+        "one, on the same tokens. Runs that differ in nothing but their seed are averaged; in brackets, the lowest and "
+        "the highest."
+    )
+    cards.append(Card("Every run", comparison_table(kinds), note, wide=True))
+    reports = [report for kind in kinds for report in kind.reports]
+    facts = [
+        (
+            r.run,
+            f"{r.headline} Seed {r.provenance.seed}, step {r.step}, {r.tokens_seen:,} tokens; {r.provenance.config}",
+        )
         for r in reports
+    ]
+    return Page(
+        title="Context extension compared",
+        kind="Context extension compared",
+        heading=f"{len(kinds)} kinds of run, {len(reports)} reports",
+        sections=[
+            Section("Curves", "Bands reach from the lowest seed to the highest.", cards),
+            Section("What was compared", cards=[Card("Every report", Facts(facts), wide=True)]),
+        ],
+        footer=f"Written by Diptych {__version__}.",
     )
-    return (
-        f'<header><p class="eyebrow">Context extension compared</p><h1>{len(groups)} kinds of run, {len(reports)} '
-        f"reports</h1></header>{section('Curves', 'Bands reach from the lowest seed to the highest.', grid(*cards))}"
-        f"{section('What was compared', '', f'<dl>{facts}</dl>')}<footer>Written by Diptych {__version__}.</footer>"
-    )
+
+
+def _lines(kinds: Sequence[RunKind], field: str, lowest: float) -> list[Line]:
+    """Return a line per kind of run, from the length `lowest` on."""
+    lines = []
+    for kind in kinds:
+        means = [(m, found) for m in _multiples(kinds) if m >= lowest and (found := kind.mean(field, m))]
+        band = [(low, high) for _, (_, low, high) in means] if len(kind.reports) > 1 else []
+        lines.append(Line(kind.name, [(m, mean) for m, (mean, *_) in means], band))
+    return [line for line in lines if line.points]

@@ -74,7 +74,7 @@ class Bin(_Entry):
     """Over the window cropped to the training length, on the same targets."""
 
 
-class Profile(_Entry):
+class LossProfile(_Entry):
     """Loss at one length by a quantity of the target."""
 
     multiple: float
@@ -84,8 +84,8 @@ class Profile(_Entry):
     bins: list[Bin]
 
 
-class ReadingResult(_Entry):
-    """A reading at one length, on a part of the windows; plain values are on the same part."""
+class InterventionResult(_Entry):
+    """An intervention at one length, on a part of the windows; plain values are on the same part."""
 
     reading: str
     multiple: float
@@ -96,7 +96,7 @@ class ReadingResult(_Entry):
     """Loss of the plain encoder at the training length minus this loss."""
     gain_interval: Interval
     regression: float
-    """Loss at the training length under this reading, with this factor, minus the plain one."""
+    """Loss at the training length under this intervention, with this factor, minus the plain one."""
     regression_interval: Interval
 
 
@@ -129,6 +129,10 @@ class TaskResult(_Entry):
     cells: list[TaskCell]
 
 
+EDGE_TOKENS = 4
+"""Tokens at either end of the window, on which attention is told apart."""
+
+
 class AttentionResult(_Entry):
     """How one triangle of one layer attends at one length; means over heads and sampled queries."""
 
@@ -143,7 +147,7 @@ class AttentionResult(_Entry):
     """Of attending to all that it may see evenly."""
     largest_logit: float
     first_tokens: float
-    """Attention on the window's first tokens, by queries that do not stand beside them."""
+    """Attention on the window's first EDGE_TOKENS tokens, by queries that do not stand beside them."""
     last_tokens: float
     by_distance: list[float]
     """Attention to keys 0, 1, 2 to 3, 4 to 7, ... positions away; adds up to 1."""
@@ -179,7 +183,7 @@ class RecalibrationResult(_Entry):
     length: int
     seconds: float | None
     run_folder: str
-    results: list[ReadingResult]
+    results: list[InterventionResult]
     """At every length; `regression` is that at the training length."""
 
 
@@ -237,9 +241,9 @@ class ContextReport(_Entry):
     skipped: dict[str, str]
     """What could not be measured -> why: a length ("16x"), or a reading by its name."""
     context_need: ContextNeed | None
-    profiles: list[Profile]
-    readings: list[ReadingResult]
-    ablations: list[ReadingResult]
+    profiles: list[LossProfile]
+    readings: list[InterventionResult]
+    ablations: list[InterventionResult]
     tasks: list[TaskResult]
     attention: list[AttentionResult]
     pseudo: list[PseudoResult]

@@ -21,8 +21,10 @@ from pretrain.evaluation.context.results import effective_multiple, held_multipl
 from pretrain.evaluation.context.session import Session, config_of_run
 from pretrain.evaluation.context.windows import draw_windows, make_rows, middle_targets, single_mask_rows
 from pretrain.evaluation.context.work import compute_part, missing_parts, part_path, run_parts
+from pretrain.evaluation.report.markdown import markdown_table
 from pretrain.evaluation.report.schema import LengthResult, read_report
-from pretrain.evaluation.report.writing import reading_table, table_rows, write_report
+from pretrain.evaluation.report.sections import intervention_table, length_table
+from pretrain.evaluation.report.writing import write_context_report
 from pretrain.run.folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -62,8 +64,9 @@ def test_losses_of_a_trained_run_lie_below_unigram_and_the_report_says_them(trai
     assert json.loads((folder / "report.json").read_text())["format"] == 2
     text = (folder / "report.md").read_text()
     assert report.headline in text
-    for row in [*table_rows(report), *reading_table(report.readings)[1]]:
-        assert f"| {' | '.join(row)} |" in text
+    for table in (length_table(report), intervention_table(report.readings)):
+        assert markdown_table(table) in text
+    assert f"| 1x | 32 | {first.loss:.3f} |" in text
     assert all((folder / image).stat().st_size > 5_000 for image in re.findall(r"\]\((.*?\.png)\)", text))
 
 
@@ -353,7 +356,7 @@ def test_the_report_says_which_length_did_not_fit(trained, evaluated, monkeypatc
     assert [r.multiple for r in finished.report.results] == [0.5, 1, 2, 4]
     assert finished.report.skipped["8x"] == "a row of 256 does not fit into the memory of cpu"
     assert {r.multiple for r in finished.report.readings} == {2, 4}
-    write_report(RunFolder.of(trained), finished.folder, finished.report)
+    write_context_report(RunFolder.of(trained), finished.folder, finished.report)
     assert "8x: a row of 256 does not fit" in (finished.folder / "report.md").read_text()
 
 

@@ -8,9 +8,10 @@ import torch
 
 from pretrain.batch import IGNORED
 from pretrain.data.tokenizer import BOS, EOS, MASK
-from pretrain.evaluation.context.attention_statistics import EDGE, FIELDS, distance_bounds, triangle_statistics
+from pretrain.evaluation.context.attention_statistics import FIELDS, distance_bounds, triangle_statistics
 from pretrain.evaluation.context.statistics import DocumentBootstrap, doubling_bins, entropy_of_counts, wilson
 from pretrain.evaluation.context.tasks import CANDIDATES, DEPTHS, SPAN, Vocabulary, distances_at, draw_rows, num_rows
+from pretrain.evaluation.report.schema import EDGE_TOKENS
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_even_attention_has_the_entropy_of_what_it_sees(window):
 
 def test_a_sink_in_the_first_tokens_is_seen_by_queries_that_stand_elsewhere():
     q, k = torch.ones(1, 128, 1, 4), torch.zeros(1, 128, 1, 4)
-    k[:, :EDGE] = 20.0
+    k[:, :EDGE_TOKENS] = 20.0
     (values,) = triangle_statistics(q, k, "causal", None).tolist()
     fields = dict(zip(FIELDS, values, strict=False))
     assert fields["first_tokens"] == pytest.approx(1, abs=1e-6)

@@ -10,7 +10,8 @@ from launch.evaluate import parse_duration, parse_lengths
 from launch.runs import runs_meant
 from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
-from pretrain.evaluation.report.compare import read_groups, table_rows, write_comparison
+from pretrain.evaluation.report.compare import comparison_table, read_run_kinds, write_comparison
+from pretrain.evaluation.report.markdown import markdown_table
 from pretrain.files import write_json
 from pretrain.run.folder import RunFolder
 from tests.browser import CHROMIUM, Browser
@@ -33,18 +34,17 @@ def runs(trained, evaluated, tmp_path):
 
 def test_runs_that_differ_in_their_seed_alone_are_averaged(runs, evaluated, tmp_path):
     assert runs_meant([runs.name], runs.parent) == runs_meant([str(runs)], runs)
-    groups = read_groups(runs_meant([str(runs)], runs))
-    assert [[r.run for r in group.reports] for group in groups] == [["c"], ["two-seed7", "two-seed8"]]
-    assert [group.name for group in groups] == ["c", "two"]
+    kinds = read_run_kinds(runs_meant([str(runs)], runs))
+    assert [[r.run for r in kind.reports] for kind in kinds] == [["c"], ["two-seed7", "two-seed8"]]
+    assert [kind.name for kind in kinds] == ["c", "two"]
     loss = evaluated.report.result(1).loss
-    mean = groups[1].mean("loss", 1)
+    mean = kinds[1].mean("loss", 1)
     assert mean == (pytest.approx(loss + 0.1), pytest.approx(loss), pytest.approx(loss + 0.2))
-    write_comparison(tmp_path / "out", groups)
+    write_comparison(tmp_path / "out", kinds)
     text = (tmp_path / "out" / "compare.md").read_text()
-    header, rows = table_rows(groups)
-    assert f"{loss + 0.1:.3f} ({loss:.3f} to {loss + 0.2:.3f})" in rows[1]
-    for row in (header, *rows):
-        assert f"| {' | '.join(row)} |" in text
+    table = comparison_table(kinds)
+    assert f"{loss + 0.1:.3f} ({loss:.3f} to {loss + 0.2:.3f})" in table.rows[1]
+    assert markdown_table(table) in text
 
 
 def test_of_a_folder_of_runs_those_with_a_report_are_compared(runs, tmp_path):
@@ -58,7 +58,7 @@ def test_of_a_folder_of_runs_those_with_a_report_are_compared(runs, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install Debian's package chromium")
 def test_the_comparison_renders_on_a_phone(runs, tmp_path):
-    write_comparison(tmp_path / "out", read_groups(runs_meant([str(runs / "two-seed7"), "c"], runs)))
+    write_comparison(tmp_path / "out", read_run_kinds(runs_meant([str(runs / "two-seed7"), "c"], runs)))
     page = tmp_path / "out" / "compare.html"
     fits, charts = (
         "document.documentElement.scrollWidth <= window.innerWidth",
@@ -77,10 +77,10 @@ def test_what_cannot_be_compared_is_refused(runs, evaluated):
     write_json(path, evaluated.report.model_copy(update={"provenance": provenance}).model_dump(mode="json"))
     compared = [RunFolder(runs / "two-seed7"), RunFolder(runs / "c")]
     with pytest.raises(UserError, match="different corpora"):
-        read_groups(compared)
+        read_run_kinds(compared)
     shutil.rmtree(runs / "c" / "evaluation")
     with pytest.raises(UserError, match="diptych evaluate context"):
-        read_groups(compared)
+        read_run_kinds(compared)
     with pytest.raises(UserError, match="no run 'd'"):
         runs_meant(["d"], runs)
 

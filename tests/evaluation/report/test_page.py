@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from pretrain.evaluation.report.charts import HeatMap, Line, heat_map, line_chart
+from pretrain.evaluation.report.charts import HeatMap, Line, LineChart
+from pretrain.evaluation.report.svg import heat_map_svg, line_chart_svg
 from pretrain.evaluation.report.writing import PAGE
 from tests.browser import CHROMIUM, Browser
 
@@ -51,22 +52,22 @@ def test_the_page_names_no_address_and_runs_no_script(evaluated):
 
 
 def test_a_chart_puts_values_where_they_belong():
-    svg = line_chart([Line("a", [(1, 0.0), (2, 1.0), (4, 2.0)])], x_label="x", y_label="y", log_x=True)
+    svg = line_chart_svg(LineChart([Line("a", [(1, 0.0), (2, 1.0), (4, 2.0)])], "x", "y", log_x=True))
     xs, ys = zip(
         *((float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)), strict=True
     )
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
     assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
     assert ys[0] > ys[2]
-    single = line_chart([Line("a", [(3, 1.0)])], x_label="x", y_label="y")
+    single = line_chart_svg(LineChart([Line("a", [(3, 1.0)])], "x", "y"))
     assert len(re.findall("<circle", single)) == 1
 
 
 def test_a_heat_map_is_white_in_its_middle_and_escapes_its_words():
     chart = HeatMap(
-        rows=["<a>"], columns=["l", "m", "h", "-"], values=[[-1.0, 0.0, 1.0, None]], low=-1, high=1, middle=0
+        ["<a>"], ["l", "m", "h", "-"], [[-1.0, 0.0, 1.0, None]], x_label="x", y_label="y", low=-1, high=1, middle=0
     )
-    svg = heat_map(chart, x_label="x", y_label="y")
+    svg = heat_map_svg(chart)
     fills = re.findall(r'<rect [^>]*fill="([^"]+)"', svg)
     assert fills[1] == "rgb(255,255,255)"
     assert len(set(fills)) == 4
