@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from launch.local.ranks import num_gpus
+from launch.pipeline import choose_num_ranks, train_and_evaluate
 from launch.slurm.queries import SlurmSilentError, cancel_job, has_slurm, job_states, signal_job
+from launch.slurm.queueing import queue_run
 from launch.slurm.submission import newest_submission
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
@@ -15,7 +18,7 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.lock import holder_of, is_locked, machine_id
 
 
-def cancel(runs: Sequence[RunFolder], console: Console) -> None:
+def cancel_runs(runs: Sequence[RunFolder], console: Console) -> None:
     """Ask runs to save and end, and take what waits of them out of the queue.
 
     Raises:
@@ -69,7 +72,7 @@ def _cancel_here(run: RunFolder, console: Console) -> bool:
     return True
 
 
-def resume(run: RunFolder, console: Console) -> int:
+def resume_run(run: RunFolder, console: Console) -> int:
     """Start a run again with the config that it has: on Slurm if it was submitted, else here; returns the exit code."""
     config = run.config()
     submission = newest_submission(run)
@@ -79,19 +82,12 @@ def resume(run: RunFolder, console: Console) -> int:
                 f"{run.name} was submitted to Slurm, and there is no sbatch on this machine; resume it on a "
                 f"login node, or train it here with `diptych train {run.config_file}`"
             )
-        from launch.slurm.submit import submit
-
-        submit(config, console, evaluate="evaluate" in submission.jobs)
+        queue_run(config, console, evaluate="evaluate" in submission.jobs)
         return 0
-    from launch.train import train
-
-    return train(config, ranks_of(run, config), console)
+    return train_and_evaluate(config, ranks_of(run, config), console)
 
 
 def ranks_of(run: RunFolder, config: RunConfig) -> int:
     """As many ranks as the last time, if this machine has the GPUs for them; else what `diptych train` would take."""
-    from launch.local.ranks import num_gpus
-    from launch.train import choose_num_ranks
-
     before, gpus = run.world_size(), num_gpus()
     return choose_num_ranks(config, None if before is None or (gpus and before > gpus) else before)

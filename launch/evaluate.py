@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from launch.local.display import PlainDisplay, make_display
 from launch.local.ranks import num_gpus
 from launch.local.supervisor import run_ranks
 from launch.local.training import launch_local
 from launch.terminal.console import say
-from launch.terminal.display import PlainDisplay, make_display
 from launch.terminal.progress import StageProgress
 from launch.terminal.tables import fitting_table
 from pretrain.data.manifest import load_manifest

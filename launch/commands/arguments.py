@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -17,22 +18,20 @@ Config = Annotated[
     str,
     typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with Diptych: quickstart."),
 ]
-
-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the config, for instance training.tokens=1000000."),
 ]
-
-
-Profile = Annotated[
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
+RunsFolder = Annotated[Path, typer.Option("--folder", help="Where runs are looked for by name.")]
+ProfileOption = Annotated[
     str | None,
     typer.Option(metavar="N:M", help="Record steps N to M with torch's profiler, in the run's folder profile/."),
 ]
 
 
 class RunByDefault(TyperGroup):
-    """Of commands such as `sweep`: `diptych sweep CONFIG` is `diptych sweep run CONFIG`."""
+    """Group of commands such as `sweep`, whose `run` may be left out: `diptych sweep CONFIG`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the command in where it was left out."""

@@ -5,51 +5,46 @@ from typing import Annotated
 
 import typer
 
+from launch.commands.arguments import RunName, RunsFolder
+from launch.terminal.console import make_console
+
 app = typer.Typer(no_args_is_help=True, help="Look at what a run has saved, verify it, thin it out.")
-
-
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
-
-
-Folder = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
 
 
 Step = Annotated[int | None, typer.Option(min=0, help="Of which step; by default the newest.")]
 
 
 @app.command("list")
-def checkpoint_list(run: Run, folder: Folder = Path("runs")) -> None:
+def checkpoint_list(run: RunName, folder: RunsFolder = Path("runs")) -> None:
     """List a run's checkpoints.
 
     [bold]Example:[/bold] diptych checkpoint list quickstart
     """
-    from launch.checkpoint import list_run
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.run_list import find_run
+    from launch.saved import list_run
 
     list_run(find_run(run, folder), make_console())
 
 
 @app.command("show")
-def checkpoint_show(run: Run, step: Step = None, folder: Folder = Path("runs")) -> None:
+def checkpoint_show(run: RunName, step: Step = None, folder: RunsFolder = Path("runs")) -> None:
     """Show what a checkpoint holds.
 
     Its files with their digests, and where the run stood. It is verified first.
 
     [bold]Example:[/bold] diptych checkpoint show quickstart --step 800
     """
-    from launch.checkpoint import show_checkpoint
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.run_list import find_run
+    from launch.saved import show_checkpoint
 
     show_checkpoint(find_run(run, folder), step, make_console())
 
 
 @app.command("verify")
 def checkpoint_verify(
-    run: Run,
+    run: RunName,
     step: Annotated[int | None, typer.Option(min=0, help="Only that of this step.")] = None,
-    folder: Folder = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """Read every byte of a run's checkpoints.
 
@@ -57,16 +52,15 @@ def checkpoint_verify(
 
     [bold]Example:[/bold] diptych checkpoint verify quickstart
     """
-    from launch.checkpoint import verify_run
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.run_list import find_run
+    from launch.saved import verify_run
 
     raise typer.Exit(verify_run(find_run(run, folder), step, make_console()))
 
 
 @app.command("prune")
 def checkpoint_prune(
-    run: Run,
+    run: RunName,
     keep_last: Annotated[
         int | None, typer.Option(min=1, help="Keep so many of the newest; by default as configured.")
     ] = None,
@@ -75,7 +69,7 @@ def checkpoint_prune(
         typer.Option(min=0, help="Keep those whose step is a multiple of this; by default as configured."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-    folder: Folder = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """Remove a run's old checkpoints.
 
@@ -83,18 +77,17 @@ def checkpoint_prune(
 
     [bold]Example:[/bold] diptych checkpoint prune quickstart --keep-last 1 --dry-run
     """
-    from launch.checkpoint import prune_run
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.run_list import find_run
+    from launch.saved import prune_run
 
     prune_run(find_run(run, folder), keep_last, keep_every, dry_run, make_console())
 
 
 def export_weights(
-    run: Run,
+    run: RunName,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The safetensors file to write.")],
     step: Step = None,
-    folder: Folder = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """Write a checkpoint's whole weights as plain safetensors.
 
@@ -102,8 +95,7 @@ def export_weights(
 
     [bold]Example:[/bold] diptych export-weights quickstart --out quickstart.safetensors
     """
-    from launch.checkpoint import export_run
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.run_list import find_run
+    from launch.saved import export_run
 
     export_run(find_run(run, folder), step, out, make_console())

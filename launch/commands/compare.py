@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from launch.commands.arguments import RunsFolder
+from launch.terminal.console import make_console, say
+
 
 def compare(
     runs: Annotated[
@@ -14,7 +17,7 @@ def compare(
     evaluation: Annotated[
         str, typer.Option(metavar="NAME", help="Which report of each run: the folder's name in its evaluation/.")
     ] = "context",
-    folder: Annotated[Path, typer.Option(help="Where runs are looked for by name.")] = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """Compare the context reports of several runs.
 
@@ -23,8 +26,7 @@ def compare(
 
     [bold]Example:[/bold] diptych compare quickstart bidirectional --out comparison
     """
-    from launch.runs import runs_meant
-    from launch.terminal.console import make_console, say
+    from launch.run_list import runs_meant
     from launch.terminal.tables import table
     from pretrain.evaluation.report.compare import comparison_table, read_run_kinds, write_comparison
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from launch.commands.arguments import Config, Overrides, resumable
+from launch.terminal.console import make_console
 from pretrain.errors import EXIT_FAILED, UserError
 from pretrain.files import disk_errors
 
@@ -40,9 +41,8 @@ def data_build(
 
     [bold]Example:[/bold] diptych data build my.yaml corpus.processes=8 --on-bad skip
     """
-    from launch.corpus import build
-    from launch.terminal.console import make_console
-    from launch.terminal.tables import corpus_summary
+    from launch.preparation import build
+    from launch.show.corpus import corpus_summary
     from pretrain.config.load import load_config
 
     with resumable():
@@ -90,8 +90,7 @@ def data_show(corpus: ConfigOrCorpus) -> None:
 
     [bold]Example:[/bold] diptych data show corpora/quickstart
     """
-    from launch.terminal.console import make_console
-    from launch.terminal.tables import corpus_description
+    from launch.show.corpus import corpus_description
     from pretrain.data.inspection import describe_corpus
 
     make_console().print(corpus_description(describe_corpus(_corpus_folder(corpus))))
@@ -112,8 +111,7 @@ def data_index(
 
     [bold]Example:[/bold] diptych data index corpora/theirs theirs-*.tar --tokenizer their.model --valid held-out.tar
     """
-    from launch.terminal.console import make_console
-    from launch.terminal.tables import corpus_summary
+    from launch.show.corpus import corpus_summary
     from pretrain.data.build.joining import index_shards
 
     parts = {"train": shards, "valid": valid or [], "test": test or []}
@@ -133,8 +131,7 @@ def data_merge(
 
     [bold]Example:[/bold] diptych data merge corpora/all corpora/books corpora/web
     """
-    from launch.terminal.console import make_console
-    from launch.terminal.tables import corpus_summary
+    from launch.show.corpus import corpus_summary
     from pretrain.data.build.joining import merge_corpora
 
     with disk_errors(corpus, _AGAIN):

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch.commands.arguments import resumable
+from launch.commands.arguments import RunName, RunsFolder, resumable
+from launch.terminal.console import make_console
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
 
@@ -44,7 +45,7 @@ class _Pattern(StrEnum):
 
 @app.command("context")
 def evaluate_context(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")],
+    run: RunName,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to the evaluation section, for instance windows=64."),
@@ -69,7 +70,7 @@ def evaluate_context(
         typer.Option(metavar="TOKENS", help="Also train so many tokens (2M) at the longest length, and measure again."),
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1,
-    folder: Annotated[Path, typer.Option(help="Where runs are looked for by name.")] = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """Read sequences longer than those trained on, and see whether what is far away is used.
 
@@ -80,8 +81,7 @@ def evaluate_context(
     """
     from launch.evaluate import evaluate_context as evaluate_run
     from launch.evaluate import parse_count, parse_duration, parse_lengths
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.run_list import find_run
 
     run_folder = find_run(run, folder)
     changes = [*(overrides or []), *([f"split={split}"] if split else [])]
@@ -121,7 +121,6 @@ def evaluate_probe_argmax(
     [bold]Example:[/bold] diptych evaluate probe argmax --attention dual_triangle --positions none --seeds 1
     """
     from launch.probe import argmax
-    from launch.terminal.console import make_console
 
     kinds = dict.fromkeys(attention or _Attention)
     told = dict.fromkeys(positions or (_Positions.NONE, _Positions.ROTARY))
@@ -153,7 +152,6 @@ def evaluate_probe_passkey(
     [bold]Example:[/bold] diptych evaluate probe passkey --attention dual_triangle --pattern local_global --seeds 1
     """
     from launch.probe import passkey
-    from launch.terminal.console import make_console
 
     kinds = dict.fromkeys(attention or (_Attention.DUAL_TRIANGLE, _Attention.BIDIRECTIONAL))
     layers = dict.fromkeys(pattern or _Pattern)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from launch.commands.arguments import Config, Overrides, RunByDefault, resumable
+from launch.terminal.console import make_console, say
 
 app = typer.Typer(
     cls=RunByDefault,
@@ -39,10 +40,9 @@ def ladder_run(
 
     [bold]Example:[/bold] diptych ladder books name=books-ladder --sizes 1m,4m,15m --budget 5e15 --local
     """
-    from launch.grid.ladder import parse_flops, parse_seeds, plan_ladder
+    from launch.grid.execution import run_here, show_sweep, submit_sweep
     from launch.grid.ladder_report import plan_table
-    from launch.grid.sweep import run_here, show_sweep, submit_sweep
-    from launch.terminal.console import make_console, say
+    from launch.grid.rungs import parse_flops, parse_seeds, plan_ladder
 
     console = make_console()
     with resumable():
@@ -91,7 +91,6 @@ def _show(folder: Path) -> None:
     import time
 
     from launch.grid.ladder_report import findings, read_climbed, rungs_table, write_report
-    from launch.terminal.console import make_console, say
 
     climbed, console = read_climbed(folder, time.time()), make_console()
     console.print(rungs_table(climbed))

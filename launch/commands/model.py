@@ -3,6 +3,7 @@
 import typer
 
 from launch.commands.arguments import Config, Overrides
+from launch.terminal.console import make_console
 
 app = typer.Typer(no_args_is_help=True, help="Look at an encoder before it is trained.")
 
@@ -15,7 +16,6 @@ def model_show(config: Config, overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] diptych model show model/1b corpus.tokenizer.vocab_size=32768
     """
-    from launch.plan import show_model
-    from launch.terminal.console import make_console
+    from launch.show.encoder import show_model
 
     show_model(config, overrides or [], make_console())

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from launch.commands.arguments import Config, Overrides
+from launch.terminal.console import make_console
 
 
 def plan(
@@ -30,8 +31,7 @@ def plan(
 
     [bold]Example:[/bold] diptych plan model/1b data.sequence_length=4096 --gpu h100 --gpus-per-node 8
     """
-    from launch.plan import brief_plan, hardware, make_plan, show_plan
-    from launch.terminal.console import make_console
+    from launch.show.memory_plan import brief_plan, hardware, make_plan, show_plan
 
     made = make_plan(config, overrides or [], hardware(gpu, nodes, gpus_per_node, peak))
     if brief:

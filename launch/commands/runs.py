@@ -6,12 +6,8 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import resumable
-
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
-
-
-Folder = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
+from launch.commands.arguments import RunName, RunsFolder, resumable
+from launch.terminal.console import make_console, say
 
 
 def runs(
@@ -23,8 +19,7 @@ def runs(
 
     [bold]Example:[/bold] diptych runs --folder /scratch/me/runs
     """
-    from launch.runs import list_runs, runs_table, why_ended, with_slurm
-    from launch.terminal.console import make_console, say
+    from launch.run_list import list_runs, runs_table, why_ended, with_slurm
 
     rows, warning = with_slurm(list_runs(folder))
     if warning:
@@ -41,17 +36,17 @@ def runs(
 
 
 def logs(
-    run: Run,
+    run: RunName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option(min=0, metavar="R", help="Whose output.")] = 0,
-    folder: Folder = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """Print what a rank of the newest start prints, here or on Slurm.
 
     [bold]Example:[/bold] diptych logs mine -f --rank 3
     """
     from launch.logs import show_log
-    from launch.runs import find_run
+    from launch.run_list import find_run
 
     try:
         show_log(find_run(run, folder), rank, follow)
@@ -61,7 +56,7 @@ def logs(
 
 def cancel(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a sweep: all its members. Name or folder.")],
-    folder: Folder = Path("runs"),
+    folder: RunsFolder = Path("runs"),
 ) -> None:
     """End a run, or every run of a sweep, here or on Slurm; each saves first.
 
@@ -69,23 +64,21 @@ def cancel(
 
     [bold]Example:[/bold] diptych cancel mine
     """
-    from launch.control import cancel as cancel_run
-    from launch.runs import runs_meant
-    from launch.terminal.console import make_console
+    from launch.control import cancel_runs
+    from launch.run_list import runs_meant
 
-    cancel_run(runs_meant([run], folder), make_console())
+    cancel_runs(runs_meant([run], folder), make_console())
 
 
-def resume(run: Run, folder: Folder = Path("runs")) -> None:
+def resume(run: RunName, folder: RunsFolder = Path("runs")) -> None:
     """Start a run again, with the config it has, where it was: here or on Slurm.
 
     On Slurm it runs the code as it is now.
 
     [bold]Example:[/bold] diptych resume mine
     """
-    from launch.control import resume as resume_run
-    from launch.runs import find_run
-    from launch.terminal.console import make_console
+    from launch.control import resume_run
+    from launch.run_list import find_run
 
     with resumable():
         exit_code = resume_run(find_run(run, folder), make_console())

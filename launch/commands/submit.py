@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import Config, Overrides, Profile
+from launch.commands.arguments import Config, Overrides, ProfileOption
+from launch.terminal.console import make_console
 
 
 def submit(
@@ -25,7 +26,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY", help="Resume although KEY changed, which makes it another run. Repeatable."),
     ] = None,
-    profile: Profile = None,
+    profile: ProfileOption = None,
 ) -> None:
     """Queue a config on a Slurm cluster, or its continuation.
 
@@ -36,9 +37,8 @@ def submit(
     [bold]Example:[/bold] diptych submit my.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
     """
     from launch.slurm.in_job import allocation_overrides, prepare_run
+    from launch.slurm.queueing import queue_run
     from launch.slurm.scripts import show_scripts
-    from launch.slurm.submit import submit as submit_run
-    from launch.terminal.console import make_console
     from pretrain.config.load import load_config
     from pretrain.config.topology import check_topology
     from pretrain.training.monitor.profiled_steps import ProfiledSteps
@@ -56,6 +56,6 @@ def submit(
         folder = prepare_run(run, console, allow_change or [], profile=steps)
     else:
         changed = allow_change or []
-        folder = submit_run(run, console, evaluate=evaluate, queue=queue, allow_change=changed, profile=steps)
+        folder = queue_run(run, console, evaluate=evaluate, queue=queue, allow_change=changed, profile=steps)
     if folder and (in_job or not queue):
         print(folder)

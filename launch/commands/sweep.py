@@ -7,6 +7,7 @@ import typer
 
 from launch.commands.arguments import Config, RunByDefault, resumable
 from launch.commands.cluster_options import ClusterCommand
+from launch.terminal.console import make_console, say
 
 app = typer.Typer(
     cls=RunByDefault,
@@ -44,10 +45,9 @@ def sweep_run(
 
     [bold]Example:[/bold] diptych sweep run my.yaml --grid model.attention=dual_triangle,bidirectional seed=1,2,3
     """
-    from launch.grid.in_job import prepare_member
-    from launch.grid.sweep import is_axis, plan_sweep, run_here, show_sweep, submit_sweep
+    from launch.grid.execution import prepare_member, run_here, show_sweep, submit_sweep
+    from launch.grid.members import is_axis, plan_sweep
     from launch.slurm.in_job import allocation_overrides
-    from launch.terminal.console import make_console
 
     overrides = [*(change for change in changes or [] if not is_axis(change)), *context.obj]
     overrides += allocation_overrides() if in_job else []
@@ -82,7 +82,6 @@ def sweep_show(
     import time
 
     from launch.grid.sweep_report import plot_curves, read_results, results_table
-    from launch.terminal.console import make_console, say
 
     path = folder / sweep if (folder / sweep).is_dir() else Path(sweep)
     results = read_results(path, time.time())

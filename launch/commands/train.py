@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import Config, Overrides, Profile, resumable
+from launch.commands.arguments import Config, Overrides, ProfileOption, resumable
+from launch.terminal.console import make_console
 
 
 def quickstart(overrides: Overrides = None) -> None:
@@ -16,7 +17,7 @@ def quickstart(overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] diptych quickstart training.tokens=1000000
     """
-    from launch.quickstart.quickstart import run_quickstart
+    from launch.quickstart.stages import run_quickstart
 
     with resumable():
         exit_code = run_quickstart(overrides or [])
@@ -36,7 +37,7 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse to resume from an older checkpoint if a newer one is damaged.")
     ] = False,
-    profile: Profile = None,
+    profile: ProfileOption = None,
     evaluate: Annotated[bool, typer.Option(help="Write the context report at the end.")] = True,
 ) -> None:
     """Train a config on this machine, or resume it.
@@ -45,9 +46,7 @@ def train(
 
     [bold]Example:[/bold] diptych train my.yaml --nproc 2 name=first training.tokens=1000000
     """
-    from launch.terminal.console import make_console
-    from launch.train import choose_num_ranks
-    from launch.train import train as train_run
+    from launch.pipeline import choose_num_ranks, train_and_evaluate
     from pretrain.config.load import load_config
     from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
@@ -55,7 +54,7 @@ def train(
         steps = ProfiledSteps.parse(profile) if profile is not None else None
         run = load_config(config, [*(overrides or []), *(["checkpoint.strict=true"] if strict else [])])
         num_ranks = choose_num_ranks(run, nproc)
-        exit_code = train_run(
+        exit_code = train_and_evaluate(
             run, num_ranks, make_console(), allow_change=allow_change or [], evaluate=evaluate, profile=steps
         )
     raise typer.Exit(exit_code)

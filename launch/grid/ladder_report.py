@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from launch.grid.ladder import SIZE, Ladder, Rung, read_ladder
+from launch.grid.rungs import SIZE, Ladder, Rung, read_ladder
 from launch.grid.sweep_report import Result, read_results, spread
 from launch.terminal.console import compact
 from launch.terminal.tables import table

@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from launch.grid.sweep import SEED, Member, read_members
-from launch.runs import describe_run
+from launch.grid.members import SEED, Member, read_members
+from launch.run_list import describe_run
 from launch.terminal.tables import table
 from pretrain.run.folder import RunFolder
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch.local.display import Display
 from launch.local.ranks import Rank, free_port, num_gpus, rank_environment, start_rank
-from launch.terminal.display import Display
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT
 from pretrain.run.attempt import Attempt
 from pretrain.training.monitor.heartbeats import end_of

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from launch.local.display import Display
 from launch.local.ranks import Rank, rank_command
 from launch.local.supervisor import run_ranks
-from launch.terminal.display import Display
 from pretrain.config.run import RunConfig
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
 from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, take_attempt

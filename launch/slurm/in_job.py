@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.profiling import profiling
+from launch.preparation import find_manifest, profile_variables
+from launch.slurm.queueing import prepare
 from launch.slurm.submission import find_submission, refuse_if_queued
-from launch.slurm.submit import find_manifest, prepare
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
@@ -72,7 +72,7 @@ def prepare_run(
     if run.is_complete(config.training.tokens):
         say(console, f"{run} is trained to its {config.training.tokens:,} tokens already")
         return None
-    variables = profiling(profile, config, manifest, console)
+    variables = profile_variables(profile, config, manifest, console)
     folder, submission = prepare(config, manifest, console, allow_change, variables)
     submission.jobs["train"] = job
     submission.write(folder)

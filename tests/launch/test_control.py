@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import runs
-from launch.control import cancel, ranks_of, resume
+from launch import control, run_list
+from launch.control import cancel_runs, ranks_of, resume_run
 from launch.logs import show_log
-from launch.runs import list_runs, with_slurm
+from launch.run_list import list_runs, with_slurm
 from launch.slurm.queries import JobState, SlurmSilentError
 from launch.slurm.starts import last_end, read_starts
 from launch.slurm.submission import Submission
@@ -144,19 +144,19 @@ def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     # Of a sweep, those members that are at work.
-    cancel([RunFolder(run), RunFolder(run.with_name("waiting"))], Console())
+    cancel_runs([RunFolder(run), RunFolder(run.with_name("waiting"))], Console())
     assert holder.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_a_run_that_is_not_at_work_cannot_be_cancelled(run):
     with pytest.raises(UserError, match="first is neither queued nor running"):
-        cancel([RunFolder(run)], Console())
+        cancel_runs([RunFolder(run)], Console())
 
 
 def test_a_run_is_resumed_on_as_many_ranks_as_it_had(make_config, monkeypatch):
     config = make_config()
     config.run_folder.mkdir(parents=True)
-    monkeypatch.setattr("launch.local.ranks.num_gpus", lambda: 0)
+    monkeypatch.setattr("launch.control.num_gpus", lambda: 0)
     assert ranks_of(RunFolder(config.run_folder), config) == 1
     (config.run_folder / "environment.json").write_text('{"world_size": 4}')
     assert ranks_of(RunFolder(config.run_folder), config) == 4
@@ -167,17 +167,17 @@ def test_resuming_here_trains_the_saved_config_and_resuming_a_job_needs_slurm(ma
     config.run_folder.mkdir(parents=True)
     (config.run_folder / "config.yaml").write_text(to_yaml(config))
     (config.run_folder / "environment.json").write_text('{"world_size": 2}')
-    monkeypatch.setattr("launch.local.ranks.num_gpus", lambda: 0)
+    monkeypatch.setattr("launch.control.num_gpus", lambda: 0)
     monkeypatch.setenv("PATH", "/nowhere")
     started = []
-    monkeypatch.setattr("launch.train.train", lambda config, ranks, _: started.append((config, ranks)) or 75)
-    assert resume(RunFolder(config.run_folder), Console()) == 75
+    monkeypatch.setattr(control, "train_and_evaluate", lambda config, ranks, _: started.append((config, ranks)) or 75)
+    assert resume_run(RunFolder(config.run_folder), Console()) == 75
     assert started == [(config, 2)]
     folder = config.run_folder / "submissions" / "001"
     folder.mkdir(parents=True)
     Submission(1.0, "abc", {"train": "7"}).write(folder)
     with pytest.raises(UserError, match="was submitted to Slurm, and there is no sbatch on this machine"):
-        resume(RunFolder(config.run_folder), Console())
+        resume_run(RunFolder(config.run_folder), Console())
     assert len(started) == 1
 
 
@@ -196,14 +196,14 @@ def test_the_list_says_what_slurm_says_of_the_job_that_counts(run, monkeypatch, 
     folder = run / "submissions" / "001"
     folder.mkdir(parents=True)
     Submission(1.0, "abc", {"train": "7", "evaluate": "8"}).write(folder)
-    monkeypatch.setattr(runs, "job_states", lambda _: states)
+    monkeypatch.setattr(run_list, "job_states", lambda _: states)
     (row,), warning = with_slurm(list_runs(run.parent))
     assert (row.slurm, warning) == (slurm, None)
 
     def silent(_: object) -> dict[str, JobState]:
         raise SlurmSilentError("it does not answer")
 
-    monkeypatch.setattr(runs, "job_states", silent)
+    monkeypatch.setattr(run_list, "job_states", silent)
     (row,), warning = with_slurm(list_runs(run.parent))
     assert row.slurm == "no answer"
     assert "heartbeats" in str(warning)

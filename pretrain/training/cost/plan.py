@@ -1,7 +1,7 @@
 """What a run needs before it is paid for: memory of every way to spread it over devices, what fits, and what to change.
 
 Puts the arithmetic of `memory.py` and `activations.py` together for a config. Reads no device and starts nothing; how
-a plan looks on a terminal is in `launch/plan.py`.
+a plan looks on a terminal is in `launch/show/memory_plan.py`.
 """
 
 import math

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.evaluate import parse_duration, parse_lengths
-from launch.runs import runs_meant
+from launch.run_list import runs_meant
 from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
 from pretrain.evaluation.report.compare import comparison_table, read_run_kinds, write_comparison

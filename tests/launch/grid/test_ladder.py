@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from launch.grid.ladder import Ladder, Rung, parse_flops, parse_seeds, plan_ladder, read_ladder
 from launch.grid.ladder_report import Climbed, findings, fit_power_law, read_climbed, write_report
+from launch.grid.rungs import Ladder, Rung, parse_flops, parse_seeds, plan_ladder, read_ladder
 from pretrain.errors import UserError
 
 RUNGS = [Rung(name, 10**k, 20 * 10**k, 6.0 * 20 * 100**k) for k, name in enumerate(("a", "b", "c"), start=6)]

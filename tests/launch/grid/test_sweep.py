@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import train
-from launch.grid.sweep import axes_of, is_axis, members_of, plan_sweep, read_members, run_here, split_values
+from launch.grid import execution
+from launch.grid.execution import run_here
+from launch.grid.members import axes_of, is_axis, members_of, plan_sweep, read_members, split_values
 from launch.grid.sweep_report import plot_curves, read_results, results_table, spread
-from launch.runs import list_runs
+from launch.run_list import list_runs
 from pretrain.config.load import load_config, validate
 from pretrain.errors import UserError
 
@@ -93,7 +94,7 @@ def test_here_a_failed_member_does_not_stop_the_rest_and_a_second_time_only_that
         (folder / "status.json").write_text(json.dumps(status))
         return 0
 
-    monkeypatch.setattr(train, "train", train_member)
+    monkeypatch.setattr(execution, "train_and_evaluate", train_member)
     assert run_here(planned, 1, Console()) == 1
     assert trained == ["none", "dropped"]
     failing.clear()
@@ -102,7 +103,7 @@ def test_here_a_failed_member_does_not_stop_the_rest_and_a_second_time_only_that
 
 
 def test_an_interrupted_member_interrupts_the_sweep(write, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda *_: 75)
+    monkeypatch.setattr(execution, "train_and_evaluate", lambda *_: 75)
     planned = plan_sweep(write, [], [])
     assert run_here(planned, 1, Console()) == 75
 

@@ -233,7 +233,7 @@ import sys
 from pathlib import Path
 from launch.local import training
 from launch.terminal.console import make_console
-from launch.terminal.display import make_display
+from launch.local.display import make_display
 from pretrain.config.run import RunConfig
 folder = Path(sys.argv[1])
 config = RunConfig.model_validate({"name": "run", "runs": folder / "my runs", "corpus": {"path": folder / "corpus"}})

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.runs import RunRow, runs_table
+from launch.run_list import RunRow, runs_table
 from launch.terminal.tables import fitting_table
 
 COLUMNS = ("context", "loss", "95 %", "gain", "95 %")

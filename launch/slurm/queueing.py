@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.profiling import profiling
+from launch.preparation import find_manifest, profile_variables
 from launch.slurm.queries import cancel_job, check_cluster, check_script, submit_script
 from launch.slurm.scripts import evaluation_script, train_script
 from launch.slurm.submission import (
@@ -22,7 +22,7 @@ from launch.slurm.submission import (
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
-from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
+from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
@@ -31,7 +31,7 @@ from pretrain.run.opening import open_run_folder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
-def submit(
+def queue_run(
     config: RunConfig,
     console: Console,
     *,
@@ -63,7 +63,7 @@ def submit(
             f"{run} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
         )
-    variables = profiling(profile, config, manifest, console)
+    variables = profile_variables(profile, config, manifest, console)
     folder, submission = prepare(config, manifest, console, allow_change, variables)
     scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
     if evaluate:
@@ -132,20 +132,3 @@ def _say_what_is_queued(config: RunConfig, submission: Submission, console: Cons
     if "evaluate" in submission.jobs:
         say(console, f"its evaluation follows as job {submission.jobs['evaluate']}")
     say(console, f"watch it with `diptych runs` and `diptych logs {config.name} -f`")
-
-
-def find_manifest(config: RunConfig) -> Manifest:
-    """The corpus's manifest, which must be there before a job is queued.
-
-    Raises:
-        UserError: there is no corpus.
-    """
-    if not config.corpus.url and not (config.corpus.path / MANIFEST).is_file():
-        raise UserError(
-            f"there is no corpus at {config.corpus.path}; build it first, with `diptych data build CONFIG`, here or "
-            "in a job without GPUs: no GPU should wait for it"
-        )
-    from launch.corpus import ensure_corpus
-    from launch.terminal.console import make_console
-
-    return ensure_corpus(config.corpus, make_console()) if config.corpus.url else load_manifest(config.corpus.path)

@@ -1,4 +1,4 @@
-"""`diptych plan` and `diptych model show`: what a run needs, what fits, how long it takes, and its encoder."""
+"""`diptych plan`: what a run needs, what fits, and how long it takes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,42 +7,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.preparation import vocabulary
+from launch.show.encoder import flops_table
 from launch.terminal.console import compact, duration, say
-from launch.terminal.tables import flops_table, model_tables, optimizer_table, table
+from launch.terminal.tables import table
 from pretrain.config.load import load_config
-from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
-from pretrain.data.manifest import MANIFEST, load_manifest
-from pretrain.data.tokenizer import RESIDUES, SPECIAL_PIECES
 from pretrain.errors import UserError
 from pretrain.model.summary import summarize
 from pretrain.training.cost.flops import FlopsPerToken, flops_per_token
-from pretrain.training.cost.plan import AGAIN, GIB, USABLE, Choice, Hardware, Need, Plan, optimizer_shape
+from pretrain.training.cost.plan import AGAIN, GIB, USABLE, Choice, Hardware, Need, Plan
 from pretrain.training.zero.settings import ZERO_STAGE
-
-
-def show_model(name: str, overrides: list[str], console: Console) -> None:
-    """Print parameters, heads, layers and FLOPs of a config, which need not name a corpus."""
-    config = load_config(name, overrides, beneath={"corpus": {"path": "corpora/none"}})
-    vocab_size, origin = vocabulary(config)
-    summary = summarize(config.model, vocab_size)
-    console.print(model_tables(summary, f"{config.name}: {config.model.attention.replace('_', '-')} encoder"))
-    shape = optimizer_shape(config.model, vocab_size, config.optimizer)
-    console.print(optimizer_table(shape.summaries))
-    length, mask_rate = config.data.sequence_length, config.data.mask_rate
-    flops = flops_per_token(config.model, vocab_size, length)
-    console.print(flops_table(flops, length, mask_rate))
-    say(console, f"vocabulary: {vocab_size:,} pieces, {origin}")
-
-
-def vocabulary(config: RunConfig) -> tuple[int, str]:
-    """The number of pieces, and where it is known from: the corpus, if it is built, or else the config."""
-    if (config.corpus.path / MANIFEST).is_file():
-        return load_manifest(config.corpus.path).tokenizer.vocab_size, f"of the corpus {config.corpus.path}"
-    if config.corpus.tokenizer.kind == "protein":
-        return len(SPECIAL_PIECES) + len(RESIDUES), "of the protein alphabet"
-    return config.corpus.tokenizer.vocab_size, "by corpus.tokenizer.vocab_size (the corpus is not built)"
-
 
 GPUS = {"h200": (139, 989e12), "h100": (79, 989e12), "a100": (79, 312e12)}
 """GiB that torch reports, and dense bf16 FLOP/s by the maker's data sheet."""

@@ -7,7 +7,7 @@ from time import process_time
 import pytest
 from rich.console import Console
 
-from launch.plan import GPUS, brief_plan, hardware, make_plan, show_plan
+from launch.show.memory_plan import GPUS, brief_plan, hardware, make_plan, show_plan
 from pretrain.errors import UserError
 from pretrain.training.cost.flops import peak_flops
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import train
+from launch import pipeline
+from launch.preparation import ensure_corpus
 from launch.terminal.console import make_console
 from pretrain.config.data import CorpusConfig
 from pretrain.config.run import RunConfig
@@ -40,11 +41,11 @@ def road(config, monkeypatch):
     def evaluate(*_: object, **__: object) -> None:
         calls.append("evaluate")
 
-    monkeypatch.setattr(train, "open_run_folder", open_run_folder)
-    monkeypatch.setattr(train, "ensure_corpus", lambda *_: None)
-    monkeypatch.setattr(train, "launch_local", launch)
-    monkeypatch.setattr(train, "evaluate_context", evaluate)
-    parts.run = lambda **options: train.train(config, 1, make_console(), **options)
+    monkeypatch.setattr(pipeline, "open_run_folder", open_run_folder)
+    monkeypatch.setattr(pipeline, "ensure_corpus", lambda *_: None)
+    monkeypatch.setattr(pipeline, "launch_local", launch)
+    monkeypatch.setattr(pipeline, "evaluate_context", evaluate)
+    parts.run = lambda **options: pipeline.train_and_evaluate(config, 1, make_console(), **options)
     return parts
 
 
@@ -87,15 +88,15 @@ def test_a_failed_evaluation_says_that_the_training_is_done(road, monkeypatch):
     def evaluate(*_: object, **__: object) -> None:
         raise UserError("no document is long enough")
 
-    monkeypatch.setattr(train, "evaluate_context", evaluate)
+    monkeypatch.setattr(pipeline, "evaluate_context", evaluate)
     with pytest.raises(UserError, match="run is trained, but could not be evaluated: no document is long enough"):
         road.run()
 
 
 def test_profiled_steps_reach_the_ranks_or_are_refused_before_there_are_any(road, manifest, monkeypatch):
     given: list[dict[str, str]] = []
-    monkeypatch.setattr(train, "ensure_corpus", lambda *_: manifest)
-    monkeypatch.setattr(train, "launch_local", lambda *arguments: given.append(arguments[3]) or 0)
+    monkeypatch.setattr(pipeline, "ensure_corpus", lambda *_: manifest)
+    monkeypatch.setattr(pipeline, "launch_local", lambda *arguments: given.append(arguments[3]) or 0)
     assert road.run(profile=ProfiledSteps(1, 1)) == 0
     assert given == [{"DIPTYCH_PROFILE": "1:1"}]
     with pytest.raises(UserError, match="1,000 tokens take fewer than"):
@@ -105,14 +106,14 @@ def test_profiled_steps_reach_the_ranks_or_are_refused_before_there_are_any(road
 
 @pytest.mark.parametrize(("gpus", "nproc", "ranks"), [(0, None, 1), (0, 4, 4), (2, None, 2), (2, 1, 1)])
 def test_there_is_one_rank_per_gpu_unless_told(config, monkeypatch, gpus, nproc, ranks):
-    monkeypatch.setattr(train, "num_gpus", lambda: gpus)
-    assert train.choose_num_ranks(config, nproc) == ranks
+    monkeypatch.setattr(pipeline, "num_gpus", lambda: gpus)
+    assert pipeline.choose_num_ranks(config, nproc) == ranks
 
 
 def test_more_ranks_than_gpus_are_refused(config, monkeypatch):
-    monkeypatch.setattr(train, "num_gpus", lambda: 2)
+    monkeypatch.setattr(pipeline, "num_gpus", lambda: 2)
     with pytest.raises(UserError, match="this machine has 2 GPUs"):
-        train.choose_num_ranks(config, 4)
+        pipeline.choose_num_ranks(config, 4)
 
 
 def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path):
@@ -123,14 +124,14 @@ def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path):
 
 def test_a_corpus_of_other_settings_is_refused_but_not_for_skipped_records(corpus_values):
     corpus = CorpusConfig.model_validate(corpus_values)
-    built = train.ensure_corpus(corpus, make_console())
-    assert train.ensure_corpus(corpus.model_copy(update={"on_bad": "skip"}), make_console()) == built
-    assert train.ensure_corpus(corpus.model_copy(update={"sources": []}), make_console()) == built
+    built = ensure_corpus(corpus, make_console())
+    assert ensure_corpus(corpus.model_copy(update={"on_bad": "skip"}), make_console()) == built
+    assert ensure_corpus(corpus.model_copy(update={"sources": []}), make_console()) == built
     with pytest.raises(UserError, match="other sources or settings"):
-        train.ensure_corpus(corpus.model_copy(update={"min_train_shards": 17}), make_console())
+        ensure_corpus(corpus.model_copy(update={"min_train_shards": 17}), make_console())
 
 
 def test_a_corpus_is_used_as_it_is_when_its_raw_files_are_gone(corpus_values):
     sources = [{"path": "/nowhere/at all"}]
     corpus = CorpusConfig.model_validate({**corpus_values, "sources": sources})
-    assert train.ensure_corpus(corpus, make_console()).splits["train"].documents > 0
+    assert ensure_corpus(corpus, make_console()).splits["train"].documents > 0

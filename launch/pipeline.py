@@ -1,16 +1,16 @@
-"""One training from end to end: corpus, run folder, ranks, context report. What `train` and `quickstart` share."""
+"""One training on this machine from end to end: corpus, run folder, ranks, context report."""
 
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from launch.corpus import ensure_corpus
 from launch.evaluate import evaluate_context
+from launch.local.display import make_display
 from launch.local.ranks import num_gpus
 from launch.local.training import launch_local
-from launch.profiling import profiling
+from launch.preparation import ensure_corpus, profile_variables
+from launch.slurm.submission import refuse_if_queued
 from launch.terminal.console import say
-from launch.terminal.display import make_display
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.errors import EXIT_DONE, UserError
@@ -37,7 +37,7 @@ def choose_num_ranks(config: RunConfig, nproc: int | None) -> int:
     return num_ranks
 
 
-def train(
+def train_and_evaluate(
     config: RunConfig,
     num_ranks: int,
     console: Console,
@@ -53,13 +53,11 @@ def train(
     Returns:
         The exit code; see `launch_local`.
     """
-    from launch.slurm.submission import refuse_if_queued
-
     run = RunFolder.of(config)
     refuse_if_queued(run)
     manifest = ensure_corpus(config.corpus, console)
     with run_lock(run):
-        variables = profiling(profile, config, manifest, console)
+        variables = profile_variables(profile, config, manifest, console)
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
         if run.is_complete(config.training.tokens):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs import RunRow, find_run, list_runs
+from launch.run_list import RunRow, find_run, list_runs
 from launch.terminal.console import compact, duration
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder

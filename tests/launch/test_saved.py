@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from launch.checkpoint import export_weights
 from launch.cli import app
+from launch.saved import export_weights
 from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.checkpoint.format import step_of
 from pretrain.checkpoint.tensors import load_weights

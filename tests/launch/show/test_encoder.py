@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.plan import show_model
+from launch.show.encoder import show_model
 from pretrain.data.manifest import Manifest
 
 

@@ -1,13 +1,17 @@
-"""The corpus of a run: checked, or built first."""
+"""What must be there before a run trains, here or on Slurm: its corpus, steps left to take, steps to profile."""
 
 from rich.console import Console
 
-from launch.terminal.console import say
+from launch.terminal.console import make_console, say
 from launch.terminal.progress import StageProgress
 from pretrain.config.data import CorpusConfig
+from pretrain.config.run import RunConfig
 from pretrain.data.manifest import MANIFEST, Manifest, load_manifest
+from pretrain.data.tokenizer import RESIDUES, SPECIAL_PIECES
 from pretrain.errors import UserError
 from pretrain.redaction import redact
+from pretrain.run.folder import RunFolder
+from pretrain.training.monitor.profiled_steps import VARIABLE, ProfiledSteps, check_steps
 
 
 def build(corpus: CorpusConfig, console: Console, part: int | None = None, parts: int | None = None) -> Manifest:
@@ -58,3 +62,44 @@ def _check_sources(corpus: CorpusConfig, key: str) -> None:
             f"{corpus.path} was built from other sources or settings than this config's corpus section (or the raw "
             "files have changed); set another corpus.path, or leave out corpus.sources to train on it as it is"
         )
+
+
+def find_manifest(config: RunConfig) -> Manifest:
+    """The corpus's manifest, which must be there before a job is queued.
+
+    Raises:
+        UserError: there is no corpus.
+    """
+    if not config.corpus.url and not (config.corpus.path / MANIFEST).is_file():
+        raise UserError(
+            f"there is no corpus at {config.corpus.path}; build it first, with `diptych data build CONFIG`, here or "
+            "in a job without GPUs: no GPU should wait for it"
+        )
+    return ensure_corpus(config.corpus, make_console()) if config.corpus.url else load_manifest(config.corpus.path)
+
+
+def vocabulary(config: RunConfig) -> tuple[int, str]:
+    """The number of pieces, and where it is known from: the corpus, if it is built, or else the config."""
+    if (config.corpus.path / MANIFEST).is_file():
+        return load_manifest(config.corpus.path).tokenizer.vocab_size, f"of the corpus {config.corpus.path}"
+    if config.corpus.tokenizer.kind == "protein":
+        return len(SPECIAL_PIECES) + len(RESIDUES), "of the protein alphabet"
+    return config.corpus.tokenizer.vocab_size, "by corpus.tokenizer.vocab_size (the corpus is not built)"
+
+
+def profile_variables(
+    steps: ProfiledSteps | None, config: RunConfig, manifest: Manifest, console: Console
+) -> dict[str, str]:
+    """Environment variables by which the ranks record these steps; none if there is nothing to record.
+
+    Raises:
+        UserError: the run does not come to these steps.
+    """
+    if steps is None:
+        return {}
+    run = RunFolder.of(config)
+    state = run.newest_state()
+    if not check_steps(steps, config, manifest.splits["train"], state.step if state else 0):
+        say(console, f"steps {steps} are recorded in {run.profile} already")
+        return {}
+    return {VARIABLE: str(steps)}

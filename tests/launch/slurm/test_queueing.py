@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.commands.cluster_options import METAVARS
-from launch.slurm import submission, submit
+from launch.slurm import queueing, scripts, submission
 from launch.slurm.submission import (
     fill_folder,
     make_folder,
@@ -64,7 +64,7 @@ def run_command(*arguments: str) -> str:
 @pytest.mark.parametrize("name", ["train", "evaluate", "sweep"])
 def test_the_script_that_is_sent_is_the_golden_one(name):
     config, folder = config_of(EVERYTHING), Path("/shared/my runs/first/submissions/001")
-    make = submit.evaluation_script if name == "evaluate" else submit.train_script
+    make = scripts.evaluation_script if name == "evaluate" else scripts.train_script
     script = make(config, folder, "0123456789abcdef", name="first", members=6 if name == "sweep" else 0)
     assert script == (GOLDEN / f"{name}.sbatch").read_text()
 
@@ -117,22 +117,22 @@ def test_without_sbatch_nothing_is_submitted_and_the_answer_says_where_to_go(mak
     monkeypatch.setenv("PATH", "/nowhere")
     config = make_config()
     with pytest.raises(UserError, match="no sbatch on this machine: submit from a login node"):
-        submit.submit(config, Console(), evaluate=True)
+        queueing.queue_run(config, Console(), evaluate=True)
     assert not config.run_folder.exists()
 
 
 def test_ranks_that_do_not_divide_the_streams_are_refused_before_anything_else(make_config):
     config = make_config(cluster={"nodes": 3})
     with pytest.raises(UserError, match=r"3 ranks cannot share data.streams = 16"):
-        submit.submit(config, Console(), evaluate=True)
+        queueing.queue_run(config, Console(), evaluate=True)
     with pytest.raises(UserError, match="3 ranks cannot share"):
-        submit.submit(config, Console(), evaluate=True, queue=False)
+        queueing.queue_run(config, Console(), evaluate=True, queue=False)
 
 
 def test_a_missing_corpus_is_refused_before_a_node_waits_for_it(make_config, tmp_path):
     config = make_config(corpus={"path": str(tmp_path / "none"), "sources": []})
     with pytest.raises(UserError, match="build it first, with `diptych data build"):
-        submit.submit(config, Console(), evaluate=True, queue=False)
+        queueing.queue_run(config, Console(), evaluate=True, queue=False)
 
 
 def test_a_finished_run_is_not_submitted_again(make_config):
@@ -141,12 +141,12 @@ def test_a_finished_run_is_not_submitted_again(make_config):
     status = {"state": "done", "tokens": 12_000, "checkpoint": "step-00000009", "heartbeat": 1}
     (config.run_folder / "status.json").write_text(json.dumps(status))
     with pytest.raises(UserError, match="is trained to its 12,000 tokens already"):
-        submit.submit(config, Console(), evaluate=True, queue=False)
+        queueing.queue_run(config, Console(), evaluate=True, queue=False)
 
 
 def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make_config):
     config = make_config()
-    folder = submit.submit(config, Console(), evaluate=True, queue=False)
+    folder = queueing.queue_run(config, Console(), evaluate=True, queue=False)
     assert folder == config.run_folder / "submissions" / "001"
     assert not list(folder.rglob("__pycache__"))
     ran = subprocess.run(
@@ -170,8 +170,8 @@ def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make
 def test_the_ranks_of_a_job_are_told_which_steps_to_profile_and_impossible_ones_are_refused(make_config):
     config = make_config()
     with pytest.raises(UserError, match="--profile 90000:90001: 12,000 tokens take fewer than"):
-        submit.submit(config, Console(), evaluate=True, queue=False, profile=ProfiledSteps(90_000, 90_001))
-    folder = submit.submit(config, Console(), evaluate=True, queue=False, profile=ProfiledSteps(2, 3))
+        queueing.queue_run(config, Console(), evaluate=True, queue=False, profile=ProfiledSteps(90_000, 90_001))
+    folder = queueing.queue_run(config, Console(), evaluate=True, queue=False, profile=ProfiledSteps(2, 3))
     shown = subprocess.run(
         ["bash", "-c", f". {folder}/settings.sh; printenv DIPTYCH_PROFILE"], capture_output=True, text=True, check=True
     )
@@ -189,7 +189,7 @@ def test_where_there_is_no_room_for_the_code_that_is_the_answer_and_nothing_is_l
     with pytest.raises(
         UserError, match=r"cannot write .*/submissions/001 \(\[Errno 28\] No space left on device\); make"
     ):
-        submit.submit(config, Console(), evaluate=True, queue=False)
+        queueing.queue_run(config, Console(), evaluate=True, queue=False)
     assert not list((config.run_folder / "submissions").iterdir())
 
 

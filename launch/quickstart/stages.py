@@ -13,14 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.corpus import ensure_corpus
 from launch.evaluate import evaluate_context
 from launch.local.ranks import num_cores, num_gpus
+from launch.pipeline import train_and_evaluate
+from launch.preparation import ensure_corpus
 from launch.quickstart.documentation import collect_documentation
+from launch.show.corpus import corpus_summary
 from launch.terminal.console import clock, make_console, say
 from launch.terminal.progress import StageProgress
-from launch.terminal.tables import corpus_summary
-from launch.train import train
 from pretrain.config.load import config_folder, load_config
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
@@ -51,7 +51,7 @@ def run_quickstart(overrides: Sequence[str]) -> int:
             say(console, f"  it is built already, in {config.corpus.path}")
         console.print(corpus_summary(manifest))
     with _stage(console, 3, f"Train a dual-triangle encoder on {num_ranks} processes"):
-        exit_code = train(config, num_ranks, console, evaluate=False)
+        exit_code = train_and_evaluate(config, num_ranks, console, evaluate=False)
         if exit_code != EXIT_DONE:
             return exit_code
     with _stage(console, 4, "Evaluate context extension: rows longer than any it was trained on"):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.terminal import display
+from launch.local import display
+from launch.local.display import PlainDisplay, TerminalDisplay, make_display
 from launch.terminal.console import clock
-from launch.terminal.display import PlainDisplay, TerminalDisplay, make_display
 from launch.terminal.progress import StageProgress
 from pretrain.run.status import Status
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.grid.sweep import SEED, Point, Sweep, override, sweep_over
-from launch.plan import vocabulary
+from launch.grid.members import SEED, Point, Sweep, override, sweep_over
+from launch.preparation import vocabulary
 from pretrain.config.load import config_folder, find_config, load_config, settings_in
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
