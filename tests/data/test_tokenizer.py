@@ -220,6 +220,23 @@ def test_a_model_made_elsewhere_with_our_special_symbols_is_welcome(tmp_path):
     assert tokenizer.decode(tokenizer.encode("the white whale")) == "the white whale"
 
 
+def with_unused(model: bytes, unused: int) -> bytes:
+    """The model with one id marked as unused: its piece, field 1 of the message, gets type 5 in field 3."""
+    at = 0
+    for _ in range(unused):
+        at += 2 + model[at + 1]
+    end = at + 2 + model[at + 1]
+    assert model[at] == 0x0A
+    assert end - at < 0x7E, "a longer piece takes two bytes for its size"
+    return model[: at + 1] + bytes([end - at]) + model[at + 2 : end] + b"\x18\x05" + model[end:]
+
+
+def test_ids_that_the_model_leaves_unused_are_never_masked_or_drawn(tmp_path):
+    path = foreign_model(tmp_path / "x.model", **OURS, control_symbols=["[MASK]"])
+    path.write_bytes(with_unused(path.read_bytes(), 9))
+    assert Tokenizer(path).special_ids == {0, 1, 2, 3, 4, 9}
+
+
 def test_the_token_type_is_the_smallest_that_holds_the_vocabulary():
     sizes = (30, 256, 257, 65_536, 65_537)
     assert [token_dtype(size) for size in sizes] == ["uint8", "uint8", "uint16", "uint16", "uint32"]

@@ -27,9 +27,9 @@ def literal_attention(q, k, v, documents, may_attend):
     return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 9])
 def test_dense_dual_triangle_is_two_softmaxes_over_past_and_future(window):
-    layout, reach = layout_of([5, 1, 3], [7], length=9), window or 9
+    layout, reach = layout_of([5, 1, 3], [7], [9], length=9), window or 9
     q, k, v = (t.detach() for t in random_qkv(layout))
     halves = [t.chunk(2, dim=-1) for t in (q, k, v)]
     past = literal_attention(*(half[0] for half in halves), layout.document_ids, lambda i, j: i - reach < j <= i)
@@ -95,6 +95,20 @@ def test_reversal_mirrors_each_document_and_is_its_own_inverse():
     assert layout.reversal.tolist() == [[2, 1, 0, 3, 5, 4, 6], [5, 4, 3, 2, 1, 0, 6]]
     (x, _, _) = random_qkv(layout)
     assert torch.equal(reverse(reverse(x, layout), layout), x)
+
+
+def test_a_document_that_does_not_begin_its_row_is_not_the_one_document_of_its_row():
+    assert layout_of([2], [3], length=3).one_document_per_row
+    documents, positions = torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([[0, 0, 1], [0, 1, 2]])
+    layout = AttentionLayout.from_batch(Batch(documents, documents, documents, positions))
+    assert not layout.one_document_per_row
+    assert not layout_of([1, 2], [3], length=3).one_document_per_row
+
+
+def test_a_document_joins_a_bucket_from_three_quarters_of_the_longest_on():
+    lengths = ([100, 75], [100, 74], [64, 1], [200, 150, 149, 112, 111])
+    buckets = [layout_of(documents, length=1000).unpacked.buckets for documents in lengths]
+    assert [[b.documents for b in found] for found in buckets] == [[2], [1, 1], [2], [2, 2, 1]]
 
 
 def test_the_layout_refuses_positions_that_do_not_restart_with_the_document():

@@ -120,6 +120,27 @@ def test_logits_are_those_of_the_masked_positions_and_tied_to_the_embedding():
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_projections_into_the_residual_stream_begin_smaller_by_the_root_of_their_number():
+    config = ModelConfig(hidden_size=64, num_layers=8, num_heads=2)
+    model = MaskedLanguageModel(config, 50)
+    stds = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    assert len(stds) == 1 + 4 * 8
+    for name, std in stds.items():
+        is_into_residual = name.endswith(("output.weight", "down.weight"))
+        expected = config.embedding_std if "embedding" in name else config.initial_std / (4 if is_into_residual else 1)
+        assert std == pytest.approx(expected, rel=0.06), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_kernel_is_chosen_for_the_type_that_attention_computes_in(monkeypatch, autocast):
+    asked = []
+    monkeypatch.setattr("pretrain.model.encoder.choose_kernel", lambda _, dtype, *rest: asked.append(dtype) or "sdpa")
+    encoder = Encoder(small(), 50).float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        encode(encoder, torch.randint(50, (1, 9)))
+    assert asked == [torch.bfloat16 if autocast else torch.float32] * 2
+
+
 def test_rows_longer_than_the_learned_positions_are_refused():
     encoder = Encoder(small(positions="learned", max_positions=8), 50)
     with pytest.raises(ValueError, match="9 positions is beyond the 8"):

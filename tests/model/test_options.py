@@ -175,7 +175,13 @@ def test_positions_are_dropped_by_tokens_seen_alone():
 
 def test_scalings_and_theta_are_set_on_the_encoder_and_reach_the_layers_that_see_far():
     batch = batch_of(1, 24)
-    for layers, reaches in (([], True), ([{"span": 8}], False), ([{"span": 8}, {}], True)):
+    for layers, reaches in (
+        ([], True),
+        ([{"span": 8}], False),
+        ([{"span": 12}], False),  # as far as rows were trained on
+        ([{"span": 13}], True),
+        ([{"span": 8}, {}], True),
+    ):
         model = build(small(layers=layers))
         before = losses(model, batch)
         model.encoder.rotary_scaling = RotaryScaling("yarn", 1.0, 12)

@@ -289,6 +289,24 @@ def test_a_shard_is_hashed_once_per_node_and_again_only_when_any_of_it_changed(c
     assert "missing" in VerifiedShards(tmp_path / "cache").problem(copy, entry)
 
 
+def test_a_whole_shard_that_is_read_in_the_place_of_a_damaged_one_does_not_vouch_for_it(copy, tmp_path, monkeypatch):
+    entry, original = load_manifest(copy).splits["train"].shards[0], verified.verify_shard
+    shutil.copytree(copy, tmp_path / "whole")
+    damage(copy / entry.path, "flip in a payload")
+
+    def swap_and_hash(*arguments):
+        copy.rename(tmp_path / "damaged")
+        (tmp_path / "whole").rename(copy)
+        return original(*arguments)
+
+    monkeypatch.setattr(verified, "verify_shard", swap_and_hash)
+    assert VerifiedShards(tmp_path / "cache").problem(copy, entry) is None
+    monkeypatch.undo()
+    copy.rename(tmp_path / "whole")
+    (tmp_path / "damaged").rename(copy)
+    assert "damaged" in VerifiedShards(tmp_path / "cache").problem(copy, entry)
+
+
 def test_a_cache_that_cannot_be_written_only_costs_time(copy, tmp_path, digests):
     (tmp_path / "file").write_text("")
     shards = VerifiedShards(tmp_path / "file")

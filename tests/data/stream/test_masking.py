@@ -1,5 +1,6 @@
 """The corruption of rows: its rates, and what it never touches."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -89,6 +90,24 @@ def test_spans_have_the_rate_and_the_mean_length_of_the_rule_and_end_with_a_docu
     for column in (1, 202, 511):
         assert selected[:, column].mean() == pytest.approx(rate, abs=0.08)
     assert (inputs == MASK)[selected].mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_span_never_leads_from_one_document_into_the_next():
+    ids = np.full((4000, 64), 7)
+    ids[:, 0], ids[:, 30], ids[:, 31] = BOS, EOS, BOS
+    spans = rule(0.3, unit="span", mean_span_length=10.0)
+    selected = mask_rows(ids, bits(7, np.arange(len(ids))), spans)[1] != IGNORED
+    assert np.corrcoef(selected[:, 26], selected[:, 29])[0, 1] > 0.5
+    assert abs(np.corrcoef(selected[:, 29], selected[:, 32])[0, 1]) < 0.05
+
+
+def test_every_position_draws_its_random_piece_independently_of_its_neighbours():
+    ids = np.full((200, 64), 7)
+    all_random = replace(rule(1.0), mask_token_share=0, random_token_share=1)
+    drawn, _ = mask_rows(ids, bits(8, np.arange(len(ids))), all_random)
+    for distance in (1, 2, 64):
+        same = (drawn.ravel()[distance:] == drawn.ravel()[:-distance]).mean()
+        assert same == pytest.approx(1 / (VOCAB - len(SPECIAL)), abs=0.003)
 
 
 def test_whole_words_are_masked_together_and_single_tokens_at_the_rate():

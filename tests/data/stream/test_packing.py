@@ -3,6 +3,7 @@
 import os
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,20 @@ def test_what_is_left_of_a_plan_can_be_planned_again_at_another_length(lengths, 
     first = plan.bounds[rows]
     taken = positions_of(type(plan)(plan.samples[:first], plan.starts[:first], plan.lengths[:first], plan.bounds))
     assert taken + positions_of(again) == positions_of(plan)
+
+
+@given(st.lists(st.integers(0, 12), max_size=40), st.integers(14, 30))
+@settings(deadline=None)
+def test_packing_puts_every_piece_long_ones_first_into_the_fullest_row_that_still_holds_it(lengths, row):
+    rooms: list[int] = []
+    for size in sorted((length + 2 for length in lengths), reverse=True):
+        fitting = [room for room in rooms if room >= size]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else row) - size)
+    plan = plan_rows(whole_documents(np.array(lengths, dtype=np.int64)), PackingRule(row, "packed"), 1)
+    sizes = [plan.lengths[a:b].sum() for a, b in pairwise(plan.bounds)]
+    assert sorted(row - size for size in sizes) == sorted(rooms)
 
 
 def test_a_plan_cuts_long_documents_and_keeps_short_ones_whole():
