@@ -27,9 +27,10 @@ from pretrain.config.load import validate
 from pretrain.config.run import RunConfig
 from pretrain.data.stream.state import StreamState
 from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.training.collectives import agree_on_step
 from pretrain.training.ranks import end_rank
 from pretrain.training.save import CheckpointSaver
-from pretrain.training.step import agree_on_step, train_step
+from pretrain.training.step import train_step
 from pretrain.training.zero.engine import Engine
 
 RANKS = 2
@@ -152,7 +153,7 @@ class Savers:
         def work() -> None:
             self.saver.save(state, at_once=at_once)
             for _ in range(STEPS):
-                train_step(self.engine, self.batch, self.totals, len(self.batch), RANKS)
+                train_step(self.engine, self.batch, self.totals)
             self.saver.wait()
 
         seconds = timed(work)

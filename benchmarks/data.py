@@ -36,9 +36,12 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.stream.loader import StepRows, training_steps
 from pretrain.data.stream.state import StreamState
 from pretrain.files import write_json, write_text
+from pretrain.run.attempt import agree_on_attempt
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
 from pretrain.training import trainer
+from pretrain.training.monitor.monitor import Monitor
+from pretrain.training.ranks import Ranks, StopRequest
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("DIPTYCH_DATA", ROOT.parent / "shared/data"))
@@ -179,12 +182,6 @@ def compare_building(folder: Path, repeats: int) -> dict[str, float]:
     return {**result, "diptych": result["diptych"] / 1e6, "reference": result["reference"] / 1e6}
 
 
-class _NoStop:
-    """A run that nobody stops."""
-
-    requested, signal_name = False, None
-
-
 def measure_loader_share(folder: Path) -> dict[str, float]:
     """Of a quickstart run's steps with one worker, the share of the wall time in which training waits for rows."""
     documents = folder / "quickstart.jsonl.gz"
@@ -208,8 +205,10 @@ def measure_loader_share(folder: Path) -> dict[str, float]:
                 yield step
 
         trainer.training_steps = waited_for
-        trainer.Trainer(config, 0, 1, torch.device("cpu"), _NoStop()).train()
-        records = [record for record in RunFolder(config.run_folder).metrics() if "loss" in record]
+        ranks, folder = Ranks(0, 1, torch.device("cpu")), RunFolder.of(config)
+        monitor = Monitor(config, agree_on_attempt(folder), ranks, StopRequest())
+        trainer.Trainer(config, ranks, monitor).fit()
+        records = [record for record in folder.metrics() if "loss" in record]
         dist.destroy_process_group()
     # The mock step before the first asks for no rows; the first steps wait for the worker to start.
     seconds = sum(record["seconds"] for record in records[WARM_UP_STEPS:])

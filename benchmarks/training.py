@@ -28,13 +28,14 @@ from benchmarks.timing import Row, Sense, command, compare, machine, paired, wri
 from pretrain.batch import Batch
 from pretrain.config.load import load_config
 from pretrain.config.run import RunConfig
+from pretrain.training.collectives import agree_on_step
 from pretrain.training.cost.flops import flops_per_token, peak_flops
 from pretrain.training.mock_step import largest_batch
 from pretrain.training.monitor.clock import StepClock, shares
 from pretrain.training.monitor.norms import Inspection
 from pretrain.training.monitor.peak_memory import PeakMemory
 from pretrain.training.ranks import end_rank
-from pretrain.training.step import agree_on_step, train_step
+from pretrain.training.step import train_step
 from pretrain.training.zero.construction import build_model, load_deepspeed
 from pretrain.training.zero.engine import Engine
 
@@ -88,8 +89,7 @@ class DiptychLoop:
         with self.clock.section("communication"):
             totals = agree_on_step(batch, 0, False, self.engine.sequence)
         inspection = Inspection(self.engine) if self._inspect else None
-        micro_batch_size = self._config.training.micro_batch_size
-        train_step(self.engine, batch, totals, micro_batch_size, self._ranks, clock=self.clock, inspection=inspection)
+        train_step(self.engine, batch, totals, clock=self.clock, inspection=inspection)
 
 
 def join(rank: int, ranks: int, folder: str) -> torch.device:

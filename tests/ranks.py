@@ -10,7 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pretrain.config.run import RunConfig
-from pretrain.training.ranks import end_rank
+from pretrain.run.attempt import agree_on_attempt
+from pretrain.run.folder import RunFolder
+from pretrain.training.monitor.monitor import Monitor
+from pretrain.training.ranks import Ranks, end_rank
+from pretrain.training.trainer import Trainer
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -37,8 +41,20 @@ class NoStop:
     signal_name = None
 
 
+def trainer_of(
+    config: RunConfig,
+    rank: int,
+    world_size: int,
+    stop: Any = None,
+    *,
+    monitor: type[Monitor] = Monitor,
+    trainer: type[Trainer] = Trainer,
+) -> Trainer:
+    """A trainer as a rank of a run has it; `monitor` and `trainer` may be classes that look on at what happens."""
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
+    return trainer(config, ranks, monitor(config, agree_on_attempt(RunFolder.of(config)), ranks, stop or NoStop()))
+
+
 def train_alone(rank: int, config: RunConfig) -> None:
     """Train on the only rank; not in a conftest, whose name as a module is that of every other conftest."""
-    from pretrain.training.trainer import Trainer
-
-    Trainer(config, rank, 1, torch.device("cpu"), NoStop()).train()
+    trainer_of(config, rank, 1).fit()

@@ -1,13 +1,10 @@
 """The coordinate check: how far a few steps move a model, over widths."""
 
 import pytest
-import torch
 
 from benchmarks.width import KINDS, WIDTHS, draw, movement, slopes
 from pretrain.run.opening import open_run_folder
-from pretrain.training.ranks import StopRequest
-from pretrain.training.trainer import Trainer
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 from tests.training.test_training import STAGES, curve
 
 
@@ -41,8 +38,8 @@ def train_each(rank, configs):
     """Exit code, and the largest learning rate of a group over the smallest, at the end of each run."""
     results = []
     for config in configs:
-        trainer = Trainer(config, rank, 2, torch.device("cpu"), StopRequest())
-        code = trainer.train()
+        trainer = trainer_of(config, rank, 2)
+        code = trainer.fit()
         rates = [group["lr"] for group in trainer.engine.torch_optimizer.param_groups]
         results.append((code, max(rates) / min(rates)))
     return results

@@ -131,7 +131,7 @@ class Encoder(nn.Module):
         rotary_scaling: how to read rows longer than those trained on. It reaches the layers that see that far: global
             ones, and windows wider than the trained length.
         rotary_theta: a base of the rotary frequencies in place of every layer's own.
-        positions_dropped: no rotary positions; `see_tokens` sets it.
+        positions_dropped: no rotary positions; `set_tokens_seen` sets it.
         checkpoint_every: compute every k-th block again in the backward pass; 0 for none.
     """
 
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def see_tokens(self, tokens_seen: int) -> None:
+    def set_tokens_seen(self, tokens_seen: int) -> None:
         """Drop the positions if the config says so after this many tokens: a pure function of their number."""
         after = self.config.drop_positions_after
         self.positions_dropped = after is not None and tokens_seen >= after

@@ -27,13 +27,14 @@ def main(run_folder: str) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     attempt: Attempt | None = None
     try:
+        from pretrain.training.monitor.monitor import Monitor
         from pretrain.training.trainer import Trainer
 
         run = RunFolder(Path(run_folder))
         config = run.config()
-        rank, world_size, device = join_ranks(config.supervision.collective_s)
-        with hold_run(run, rank) as attempt:
-            return Trainer(config, rank, world_size, device, stop_request).train()
+        ranks = join_ranks(config.supervision.collective_s)
+        with hold_run(run, ranks.rank) as attempt:
+            return Trainer(config, ranks, Monitor(config, attempt, ranks, stop_request)).fit()
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return EXIT_WRONG_INPUT

@@ -8,58 +8,43 @@ losses are wild. The losses are those of metrics.jsonl, so a resumed run judges 
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 from pretrain.config.training import TrainingConfig
 
-WINDOW = 128
-"""Losses that are looked back upon."""
-
-
+LOSSES_KEPT = 128
+"""Number of losses that the next one is compared with."""
 ENOUGH = 32
-"""Before so many, no loss is a spike: a run learns fast at its beginning."""
-
-
+"""Number of losses below which no loss is a spike: a run learns fast at its beginning."""
 SMALLEST_SPREAD = 0.01
-"""As a share of the median: losses may happen to lie closer together than any spike needs to be apart."""
+"""Least spread, as a share of the median: losses may happen to lie closer together than any spike is away."""
 
 
 class Guard:
-    """Judges steps, the same on every rank: all that goes into it is known to all."""
+    """Judge of steps, the same on every rank, since all that goes into it is known to all."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._losses: deque[float] = deque(maxlen=LOSSES_KEPT)
         self._regime: Hashable = None
         self.skipped_in_a_row = 0
         self.reason: str | None = None
-        """Why the last step was skipped, if it was."""
+        """Why the last step was skipped; None if it was taken."""
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether a loss is judged before the optimizer moves, which waits for the device."""
+        return self._config.spikes != "off"
 
     def enter(self, regime: Hashable) -> None:
-        """Losses of another phase, or with positions dropped, say nothing of what comes: forget them."""
+        """Forget the losses if the next step is of another regime: those of another phase say nothing of it."""
         if regime != self._regime:
             self._regime = regime
             self._losses.clear()
 
-    def replay(self, records: Iterable[dict[str, Any]], regime_of: Callable[[int], Hashable]) -> None:
-        """Be as after the steps that `records` of metrics.jsonl tell of; `regime_of` takes the tokens seen before."""
-        self._losses.clear()
-        self._regime, self.skipped_in_a_row, self.reason = None, 0, None
-        tokens: int | None = None
-        for record in records:
-            if "loss" not in record:
-                continue
-            self.enter(regime_of(record["tokens"] if tokens is None else tokens))
-            tokens = record["tokens"]
-            if "skipped" in record:
-                self.skip(record["skipped"])
-            else:
-                self.taken()
-                self.learn(record["loss"])
-
     def limit(self) -> float:
-        """The loss above which a step is a spike; infinite while too few are known."""
+        """Loss above which a step is a spike; infinite while too few are known."""
         if len(self._losses) < ENOUGH:
             return math.inf
         median = statistics.median(self._losses)
@@ -67,27 +52,50 @@ class Guard:
         return median + self._config.spike_threshold * max(spread, SMALLEST_SPREAD * abs(median))
 
     def objection(self, loss: float) -> str | None:
-        """Why a step of this loss must not be taken; None if it may."""
+        """Reason not to take a step of this loss; None if there is none."""
         if not math.isfinite(loss):
             return "its loss is not finite"
         if loss > self.limit():
             return f"its loss of {loss:.4f} is a spike (above {self.limit():.4f})"
         return None
 
-    def taken(self) -> None:
-        """A step was taken."""
-        self.skipped_in_a_row, self.reason = 0, None
+    def count(self, skipped: str | None, loss: float | None) -> None:
+        """Remember a step: the reason it was skipped, or else its loss, where that is known already."""
+        self.reason = skipped
+        self.skipped_in_a_row = 0 if skipped is None else self.skipped_in_a_row + 1
+        if skipped is None and loss is not None:
+            self._losses.append(loss)
 
-    def learn(self, loss: float) -> None:
-        """The loss of a step that was taken."""
-        self._losses.append(loss)
+    def review(self, records: Iterable[dict[str, Any]]) -> Iterator[str]:
+        """Learn the losses of recorded steps that were taken unseen; yield a line for each that was a spike."""
+        for record in records:
+            if self.looks_first or "skipped" in record:
+                continue
+            if objection := self.objection(record["loss"]):
+                yield f"step {record['step']} was taken although {objection}, since training.spikes is off"
+            self._losses.append(record["loss"])
 
-    def skip(self, reason: str) -> None:
-        """The step was skipped."""
-        self.skipped_in_a_row += 1
-        self.reason = reason
+    def replay(self, records: Iterable[dict[str, Any]], regime_of: Callable[[int], Hashable]) -> None:
+        """Become what it was after the steps in `records` of metrics.jsonl.
+
+        `regime_of` takes the tokens seen before a step.
+        """
+        self._losses.clear()
+        self._regime, self.skipped_in_a_row, self.reason = None, 0, None
+        tokens: int | None = None
+        for record in records:
+            if "loss" in record:
+                self.enter(regime_of(record["tokens"] if tokens is None else tokens))
+                tokens = record["tokens"]
+                self.count(record.get("skipped"), record["loss"])
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong, for the status of the run: how many of the last steps were skipped, and why."""
+        count = self.skipped_in_a_row
+        return f"the last {count} steps were skipped: {self.reason}" if count else None
 
     @property
     def must_stop(self) -> bool:
-        """Too many steps in a row were skipped."""
+        """Whether too many steps in a row were skipped."""
         return self.skipped_in_a_row >= self._config.max_skipped_steps

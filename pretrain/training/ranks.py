@@ -4,11 +4,15 @@ torch is imported late, so that a signal in the first second of a rank already f
 """
 
 import ctypes
+import fcntl
 import os
 import signal
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -17,7 +21,6 @@ from pretrain.errors import EXIT_FAILED, UserError
 from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, agree_on_attempt
 from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
-from pretrain.training.interface import interface_towards
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 _PR_SET_PDEATHSIG = 1
+_SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface, by its name."""
 
 
 def die_with_launcher() -> None:
@@ -67,13 +72,29 @@ def end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:
+@dataclass(frozen=True)
+class Ranks:
+    """All ranks of a run, as one of them sees them."""
+
+    rank: int
+    """Number of this one, from 0."""
+    world_size: int
+    """How many there are."""
+    device: "torch.device"
+    """Device that this one computes on."""
+
+    @property
+    def device_name(self) -> str:
+        """Name of the GPU; `cpu` without one."""
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+
+def join_ranks(timeout_s: float) -> Ranks:
     """Meet the other ranks, by the variables that torchrun, Slurm scripts and our own launcher set.
 
     What waits for another rank for longer than `timeout_s` fails: here, and in every collective.
-
-    Returns:
-        Rank, world size, and the device of this rank.
     """
     import torch
     import torch.distributed as dist
@@ -92,7 +113,30 @@ def join_ranks(timeout_s: float) -> tuple[int, int, "torch.device"]:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    return rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Ranks(rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"))
+
+
+def interface_towards(host: str) -> str | None:
+    """The name of the interface through which `host` is reached; None where that is not known.
+
+    gloo by itself takes the interface of this host's own name, which many systems set to a loopback address: then the
+    ranks of other hosts cannot be reached.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 1))  # a datagram socket: nothing is sent
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 @contextmanager

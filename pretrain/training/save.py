@@ -82,8 +82,8 @@ class SaveResult:
 
 
 @dataclass
-class _Part:
-    """What one rank has to say of its writing."""
+class RankFile:
+    """What one rank has written, and what went wrong."""
 
     streams: dict[int, list[Any]]
     entries: list[tuple[str, str, int, int]]
@@ -103,7 +103,7 @@ class CheckpointSaver:
         engine: Engine,
         config: CheckpointConfig,
         own_streams: Collection[int],
-        guard: Callable[[], None] = lambda: None,
+        fence: Callable[[], None] = lambda: None,
         damaged: Collection[str] = (),
     ) -> None:
         """Collective.
@@ -113,12 +113,12 @@ class CheckpointSaver:
             engine: whose weights and moments are saved.
             config: when to save in the background, and what to keep.
             own_streams: the streams that this rank reads.
-            guard: called by rank 0 right before a checkpoint appears. If it raises, none does, and every rank raises
+            fence: called by rank 0 right before a checkpoint appears. If it raises, none does, and every rank raises
                 the same.
             damaged: names of checkpoints that are damaged: never removed, and not counted among those to keep.
         """
         self._folder, self._engine, self._config = folder, engine, config
-        self._own_streams, self._guard, self._damaged = list(own_streams), guard, set(damaged)
+        self._own_streams, self._fence, self._damaged = list(own_streams), fence, set(damaged)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
         self._thread: threading.Thread | None = None
@@ -146,7 +146,7 @@ class CheckpointSaver:
         began = time.monotonic()
         if self._engine.files is not None:
             self._engine.files.flush()
-        self._engine.see_tokens(state.tokens_seen)
+        self._engine.set_tokens_seen(state.tokens_seen)
         logits = engine_logits(self._engine)
         partition = self._engine.partition
         pieces = list(partition.own(partition.fragments()))
@@ -155,8 +155,8 @@ class CheckpointSaver:
         if in_background:
             values = self._copied(values)
         entries = [(piece.kind, piece.parameter, piece.start, piece.tensor.numel()) for piece in pieces]
-        part = _Part(state.stream.of_streams(self._own_streams), entries)
-        work = partial(self._work, began, state, logits, part, values)
+        own = RankFile(state.stream.of_streams(self._own_streams), entries)
+        work = partial(self._work, began, state, logits, own, values)
         if in_background:
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -173,7 +173,7 @@ class CheckpointSaver:
         """The saves that have ended since the last call.
 
         Raises:
-            Exception: what the guard raised, or what no save expects.
+            Exception: what the fence raised, or what no save expects.
         """
         while not self._results.empty():
             result = self._results.get()
@@ -193,17 +193,19 @@ class CheckpointSaver:
 
     # ------------------------------------------------------------------------------------- perhaps on the thread
 
-    def _work(self, began: float, state: TrainingState, logits: SavedLogits, part: _Part, values: list[Tensor]) -> None:
+    def _work(
+        self, began: float, state: TrainingState, logits: SavedLogits, own: RankFile, values: list[Tensor]
+    ) -> None:
         """Write, meet the other ranks, commit; the result goes to `finished`."""
         name, note = checkpoint_name(state.step), None
         try:
             hidden, failure = self._broadcast(self._prepare(name) if self._rank == 0 else ("", None))
             if failure is None:
-                self._write_part(self._folder / hidden, part, values)
-                parts = self._gather(part)
-                failure = next((other.failure for other in parts if other.failure), None)
+                self._write_own(self._folder / hidden, own, values)
+                files = self._gather(own)
+                failure = next((other.failure for other in files if other.failure), None)
                 if self._rank == 0:
-                    failure, note = self._finish(self._folder / hidden, state, logits, parts, failure)
+                    failure, note = self._finish(self._folder / hidden, state, logits, files, failure)
                 failure, note = self._broadcast((failure, note))
         except Exception as error:  # noqa: BLE001 (the training must hear of it, whatever it is)
             failure = error
@@ -231,28 +233,28 @@ class CheckpointSaver:
             return hidden, failure
         return hidden, None
 
-    def _write_part(self, temporary: Path, part: _Part, values: list[Tensor]) -> None:
+    def _write_own(self, temporary: Path, own: RankFile, values: list[Tensor]) -> None:
         """Write this rank's file; what goes wrong is noted, since the other ranks wait."""
         name = f"rank-{self._rank:05d}.safetensors"
-        keys = [f"{kind}/{parameter}/{start}" for kind, parameter, start, _ in part.entries]
+        keys = [f"{kind}/{parameter}/{start}" for kind, parameter, start, _ in own.entries]
         try:
             temporary.mkdir(parents=True, exist_ok=True, mode=0o700)
-            part.file = name, write_tensors(temporary / name, dict(zip(keys, values, strict=True)))
+            own.file = name, write_tensors(temporary / name, dict(zip(keys, values, strict=True)))
         except Exception as failure:  # noqa: BLE001
-            part.failure = failure
+            own.failure = failure
 
     def _finish(
         self,
         temporary: Path,
         state: TrainingState,
         logits: SavedLogits,
-        parts: list[_Part],
+        rank_files: list[RankFile],
         failure: Exception | None,
     ) -> tuple[Exception | None, str | None]:
         """Rank 0: commit what all have written, or clear it away. Returns what failed, and what else went wrong."""
         try:
             if failure is None:
-                self._commit(temporary, state, logits, parts)
+                self._commit(temporary, state, logits, rank_files)
         except Exception as error:  # noqa: BLE001
             failure = error
         if failure is not None:
@@ -265,16 +267,16 @@ class CheckpointSaver:
             return None, f"an old checkpoint could not be removed: {error}"
         return None, None
 
-    def _commit(self, temporary: Path, state: TrainingState, logits: SavedLogits, parts: list[_Part]) -> None:
+    def _commit(self, temporary: Path, state: TrainingState, logits: SavedLogits, rank_files: list[RankFile]) -> None:
         """Write what all ranks share, then let the folder appear under its name."""
         files, fragments = {}, {}
-        for part in parts:
-            assert part.file is not None
-            name, files[part.file[0]] = part.file
-            fragments[name] = part.entries
+        for written in rank_files:
+            assert written.file is not None
+            name, files[written.file[0]] = written.file
+            fragments[name] = written.entries
         shapes = {name: list(shape) for name, shape in self._engine.parameter_shapes.items()}
         index = Index(format=FORMAT, shapes=shapes, fragments=fragments)
-        stream = state.stream.merged(part.streams for part in parts)
+        stream = state.stream.merged(written.streams for written in rank_files)
         training_state = json.dumps(replace(state, stream=stream).to_json(), indent=1)
         files[LOGITS_FILE] = write_tensors(temporary / LOGITS_FILE, logits.tensors, logits.metadata)
         files[INDEX_FILE] = write_bytes(temporary / INDEX_FILE, [index.model_dump_json().encode()])
@@ -282,7 +284,7 @@ class CheckpointSaver:
         manifest = CheckpointManifest(format=FORMAT, step=state.step, files=files)
         write_bytes(temporary / MANIFEST_FILE, [manifest.sealed()])
         fsync_path(temporary)
-        self._guard()
+        self._fence()
         publish(temporary, self._folder / checkpoint_name(state.step))
 
     def _broadcast(self, value: Value) -> Value:

@@ -20,7 +20,7 @@ from launch.slurm.submission import Submission
 from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
-from pretrain.training.interface import interface_towards
+from pretrain.training.ranks import interface_towards
 
 HOLD = """
 import sys, time

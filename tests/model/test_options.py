@@ -169,7 +169,7 @@ def test_positions_are_dropped_by_tokens_seen_alone():
     plain = build(small(), like=model)
     bare = build(small(positions="none"), like=model)
     for tokens, expected in ((0, plain), (100, bare), (99, plain), (5_000, bare)):
-        model.encoder.see_tokens(tokens)
+        model.encoder.set_tokens_seen(tokens)
         assert torch.equal(losses(model, batch), losses(expected, batch))
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.errors import UserError
@@ -24,7 +23,7 @@ from pretrain.run.opening import open_run_folder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.metrics import Metrics
 from pretrain.training.trainer import Trainer
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 
 def take_some(folder: Path, results: "multiprocessing.Queue[int]") -> None:
@@ -61,24 +60,18 @@ def test_no_two_attempts_write_to_one_log(tmp_path):
     assert len(logs) == 4
 
 
-class NeverStop:
-    signal_name = None
-    requested = False
-
-
 def train_until_taken_over(rank, config, world_size, at_step):
     """Train; before step `at_step` + 1, another start takes the run, as it would on another node."""
-    trainer = Trainer(config, rank, world_size, torch.device("cpu"), NeverStop())
-    take_step = trainer._step
 
-    def step(*arguments):
-        if rank == 0 and trainer.state.step == at_step:
-            take_attempt(RunFolder(config.run_folder))
-        return take_step(*arguments)
+    class Overtaken(Trainer):
+        def take(self, rows, totals):
+            if rank == 0 and self.state.step == at_step:
+                take_attempt(RunFolder(config.run_folder))
+            super().take(rows, totals)
 
-    trainer._step = step
+    trainer = trainer_of(config, rank, world_size, trainer=Overtaken)
     try:
-        return trainer.train()
+        return trainer.fit()
     except SupersededError as end:
         return str(end), trainer.state.step
 

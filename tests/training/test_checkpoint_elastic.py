@@ -16,7 +16,7 @@ from pretrain.training.load import load_checkpoint
 from pretrain.training.save import engine_logits
 from pretrain.training.trainer import Trainer
 from tests.conftest import tiny_run
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 STAGES = ("none", "optimizer", "gradients", "full")
 SAVED, LATER = 10, 20
@@ -67,18 +67,16 @@ def losses(config) -> list[float]:
 def train_and_save(rank, world_size, configs, folder):
     """An unbroken run at each stage; what the engine held when the checkpoint was saved goes into a file."""
     for config in configs:
-        trainer = Trainer(config, rank, world_size, torch.device("cpu"), NoStop())
-        save = trainer.saver.save
 
-        def record(state, *, at_once=False, trainer=trainer, save=save, name=config.name):
-            if state.step == SAVED:
-                values = whole_values(trainer.engine)
-                if rank == 0:
-                    torch.save(values, Path(folder) / f"{name}.pt")
-            save(state, at_once=at_once)
+        class Recording(Trainer):
+            def save(self, *, last=False, path=Path(folder) / f"{config.name}.pt"):
+                if self.state.step == SAVED:
+                    values = whole_values(self.engine)
+                    if rank == 0:
+                        torch.save(values, path)
+                super().save(last=last)
 
-        trainer.saver.save = record
-        assert trainer.train() == 0
+        assert trainer_of(config, rank, world_size, trainer=Recording).fit() == 0
 
 
 def load_and_train(rank, world_size, loaders, savers, folder):
@@ -89,7 +87,7 @@ def load_and_train(rank, world_size, loaders, savers, folder):
             open_run_folder(config, load_manifest(config.corpus.path))
             shutil.copytree(checkpoint, config.run_folder / "checkpoints" / checkpoint.name)
         dist.barrier()
-        trainer = Trainer(config, rank, world_size, torch.device("cpu"), NoStop())
+        trainer = trainer_of(config, rank, world_size)
         if not continued:
             for name, saved in savers.items():
                 state = load_checkpoint(saved, trainer.engine)
@@ -101,7 +99,7 @@ def load_and_train(rank, world_size, loaders, savers, folder):
                 difference, allowed = compare_logits(logits, engine_logits(trainer.engine).logits)
                 problems += [(config.name, name, difference)] if difference > allowed else []
         else:
-            assert trainer.train() == 0
+            assert trainer.fit() == 0
     return problems
 
 

@@ -7,14 +7,13 @@ import pytest
 
 from pretrain.config.training import TrainingConfig
 from pretrain.training.guards import ENOUGH, Guard
-from pretrain.training.monitor.straggler import Straggler, slowest
+from pretrain.training.monitor.metrics import Straggler, slowest
 
 
 def guard_after(losses, **settings):
     guard = Guard(TrainingConfig(spikes="skip", **settings))
     for loss in losses:
-        guard.taken()
-        guard.learn(loss)
+        guard.count(None, loss)
     return guard
 
 
@@ -35,7 +34,7 @@ def test_a_falling_loss_is_no_spike():
     for step, noise in enumerate(noisy(2_000, mean=0.0)):
         loss = 7.0 * math.exp(-step / 300) + 2.5 + noise
         count += guard.objection(loss) is not None
-        guard.learn(loss)
+        guard.count(None, loss)
     assert count == 0
 
 
@@ -69,11 +68,10 @@ def test_a_guard_that_looks_back_at_the_metrics_judges_like_the_one_that_saw_the
         tokens += 50
         record = {"step": step, "tokens": tokens, "loss": loss}
         if step % 40 == 39 or step >= 298:
-            live.skip("its loss is not finite")
+            live.count("its loss is not finite", loss)
             record["skipped"] = "its loss is not finite"
         else:
-            live.taken()
-            live.learn(loss)
+            live.count(None, loss)
         records += [record, {"step": step, "tokens": tokens, "validation_loss": 1.0}]
     later = Guard(TrainingConfig(max_skipped_steps=3))
     later.replay(records[-512:], lambda seen: seen >= 5_000)

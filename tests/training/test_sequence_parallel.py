@@ -23,7 +23,7 @@ from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
-from pretrain.training.step import agree_on_step
+from pretrain.training.collectives import agree_on_step
 from tests.integration.test_whole_runs import diptych
 from tests.model.rows import layout_of
 from tests.ranks import run_on_ranks

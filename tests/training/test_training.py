@@ -12,8 +12,9 @@ from pretrain.checkpoint.tensors import load_weights
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
+from pretrain.training.monitor.monitor import Monitor
 from pretrain.training.trainer import Trainer
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 STAGES = ("none", "optimizer", "gradients", "full")
 
@@ -26,16 +27,16 @@ def curve(config) -> list[tuple]:
 def train(rank, config, world_size, stop_after=None):
     """Train; after some steps of this start, a stop request comes on rank 1, as a signal to one process would."""
     request = SimpleNamespace(signal_name=None, requested=False)
-    trainer = Trainer(config, rank, world_size, torch.device("cpu"), request)
-    take_step, first = trainer._step, trainer.state.step
 
-    def step(*arguments):
-        take_step(*arguments)
-        if rank == 1 and stop_after and trainer.state.step - first == stop_after:
-            request.signal_name, request.requested = "SIGTERM", True
+    class Stopping(Monitor):
+        def step_ended(self, state, *of_step):
+            super().step_ended(state, *of_step)
+            if rank == 1 and stop_after and state.step - first == stop_after:
+                request.signal_name, request.requested = "SIGTERM", True
 
-    trainer._step = step
-    return trainer.train()
+    trainer = trainer_of(config, rank, world_size, request, monitor=Stopping)
+    first = trainer.state.step
+    return trainer.fit()
 
 
 def train_whole_and_in_pieces(rank, pairs):
@@ -129,13 +130,15 @@ def poison(rank, cases, world_size):
 
 def poisoned(rank, config, world_size, what, steps):
     """Train with a loss or a gradient made infinite, NaN or large on one rank at the rows of some steps."""
-    request = SimpleNamespace(signal_name=None, requested=False)
-    trainer = Trainer(config, rank, world_size, torch.device("cpu"), request)
-    take_step, forward, now = trainer._step, trainer.engine.forward, SimpleNamespace(bad=False)
+    now = SimpleNamespace(bad=False)
 
-    def step(rows, totals):
-        now.bad = rank == 1 and rows.state.position // 16 in steps
-        take_step(rows, totals)
+    class Poisoned(Trainer):
+        def take(self, rows, totals):
+            now.bad = rank == 1 and rows.state.position // 16 in steps
+            super().take(rows, totals)
+
+    trainer = trainer_of(config, rank, world_size, trainer=Poisoned)
+    forward = trainer.engine.forward
 
     def altered(*arguments):
         losses, correct = forward(*arguments)
@@ -143,11 +146,11 @@ def poisoned(rank, config, world_size, what, steps):
             losses = losses * (math.nan if what == "nan loss" else 50.0)
         return losses, correct
 
-    trainer._step, trainer.engine.forward = step, altered
+    trainer.engine.forward = altered
     weight = next(iter(trainer.engine.module.parameters()))
     weight.register_hook(lambda gradient: gradient * math.inf if what == "inf gradient" and now.bad else gradient)
     try:
-        code = trainer.train()
+        code = trainer.fit()
     except FloatingPointError as error:
         code = str(error)
     finite = all(bool(torch.isfinite(f.tensor).all()) for f in trainer.engine.partition.fragments())

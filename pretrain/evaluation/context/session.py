@@ -69,7 +69,7 @@ def load_model(config: RunConfig, manifest: Manifest, checkpoint: Path, device: 
     if config.model.tie_embeddings:
         weights["head.weight"] = weights["encoder.embedding.weight"]
     model.load_state_dict(weights)
-    model.encoder.see_tokens(load_state(checkpoint).tokens_seen)
+    model.encoder.set_tokens_seen(load_state(checkpoint).tokens_seen)
     return model.to(device).eval()
 
 

@@ -5,15 +5,12 @@ import time
 from pathlib import Path
 
 from pretrain.training.monitor.heartbeats import Heartbeat, Sighting
+from pretrain.training.monitor.places import AGREEING, READING
 
-READING = "reading rows"
-
-
-AGREEING = "agreeing on the step"
-
-
+BEFORE_MEETING = (READING.doing, AGREEING.doing)
+"""Places before the first collective of a step, in their order."""
 LISTED = 8
-"""Ranks named in a report at most."""
+"""Number of ranks that a diagnosis names at most."""
 
 
 def silent_ranks(sightings: dict[int, Sighting], world_size: int, tick_s: float) -> list[int]:
@@ -44,7 +41,7 @@ def diagnose(sightings: dict[int, Sighting], world_size: int, tick_s: float) -> 
 
 def _order(beat: Heartbeat) -> tuple[int, int]:
     """How far a rank has come: what holds it up before the first collective of a step is its own doing."""
-    return beat.step, [READING, AGREEING].index(beat.doing) if beat.doing in (READING, AGREEING) else 2
+    return beat.step, BEFORE_MEETING.index(beat.doing) if beat.doing in BEFORE_MEETING else len(BEFORE_MEETING)
 
 
 def _of_silent(sighting: Sighting) -> str:

@@ -5,12 +5,12 @@ Until then a step's sums stay on the device, so that recording costs no synchron
 
 import json
 import os
+import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.files import write_text
@@ -18,30 +18,10 @@ from pretrain.run.folder import RunFolder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.clock import Timing, shares
 from pretrain.training.monitor.norms import summarize
-from pretrain.training.monitor.straggler import slowest
-from pretrain.training.step import StepTotals
+from pretrain.training.step_record import StepRecord
 
 KEPT_BEFORE = 512
 """Records of earlier steps that a start may look at."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A step that was taken; `sums` is this rank's float32 [2]: summed loss in nats, correct predictions."""
-
-    step: int
-    tokens_seen: int
-    totals: StepTotals
-    learning_rate: float
-    grad_norm: float
-    seconds: float
-    sums: Tensor
-    loss: float | None = None
-    """Of the whole step, where it was known before the optimizer moved."""
-    skipped: str | None = None
-    """Why the optimizer did not move, if it did not."""
-    squares: Tensor | None = None
-    """Of an inspected step, see `Inspection.squares`."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +92,7 @@ class Metrics:
         written = [self._of_step(*pair) for pair in zip(records, gathered.sums, strict=True)]
         last = written[-1]
         last |= self._speed(records) | self._of_ranks(gathered.ranks, usage.timing.on_gpu)
-        if gathered.squares is not None and records[-1].skipped is None:
+        if gathered.squares is not None and records[-1].outcome.skipped is None:
             last |= summarize(gathered.squares)
         for record in written:
             self._write(record)
@@ -122,7 +102,7 @@ class Metrics:
 
     def _gather(self, records: list[StepRecord], usage: Usage) -> "_Gathered":
         """Sums over ranks, and what every rank has to say of itself; one all-reduce."""
-        sums = torch.stack([record.sums for record in records])
+        sums = torch.stack([record.outcome.sums for record in records])
         squares = records[-1].squares
         timing = usage.timing
         own = [timing.elapsed, *timing.seconds, -1.0 if usage.peak_memory is None else usage.peak_memory]
@@ -141,13 +121,13 @@ class Metrics:
 
     @staticmethod
     def _of_step(record: StepRecord, sums: list[float]) -> dict[str, Any]:
-        loss_sum, correct = sums
+        outcome, (loss_sum, correct) = record.outcome, sums
         line: dict[str, Any] = {
             "step": record.step,
             "tokens": record.tokens_seen,
-            "loss": loss_sum / max(record.totals.masked, 1) if record.loss is None else record.loss,
+            "loss": loss_sum / max(record.totals.masked, 1) if outcome.loss is None else outcome.loss,
             "masked_accuracy": correct / max(record.totals.masked, 1),
-            "grad_norm": record.grad_norm,
+            "grad_norm": outcome.grad_norm,
             "learning_rate": record.learning_rate,
             "masked": record.totals.masked,
             "rows_checksum": f"{record.totals.rows_checksum:016x}",
@@ -155,8 +135,8 @@ class Metrics:
         }
         if record.totals.samples_lost:
             line["samples_lost"] = record.totals.samples_lost
-        if record.skipped:
-            line["skipped"] = record.skipped
+        if outcome.skipped:
+            line["skipped"] = outcome.skipped
         return line
 
     def _speed(self, records: list[StepRecord]) -> dict[str, Any]:
@@ -225,3 +205,32 @@ def _drop_after(run: RunFolder, step: int) -> list[dict[str, Any]]:
     kept = [record for record in run.metrics() if record["step"] <= step]
     write_text(run.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
+
+
+def slowest(own: list[float]) -> dict[str, Any]:
+    """The rank that needed the longest by itself, and how many times the median of the others that was."""
+    rank = max(range(len(own)), key=own.__getitem__)
+    others = statistics.median(own[:rank] + own[rank + 1 :])
+    return {"slowest_rank": rank, "slowest_by": round(own[rank] / max(others, 1e-9), 3)}
+
+
+class Straggler:
+    """Tells when the same rank has been much slower than the others for a while."""
+
+    FACTOR, TIMES = 1.5, 5
+
+    def __init__(self) -> None:
+        self._rank: int | None = None
+        self._times = 0
+
+    def look(self, record: dict[str, Any]) -> str | None:
+        """Given each flushed record; a line when it is the `TIMES`th in a row to name the same rank."""
+        slow = record["slowest_rank"] if record.get("slowest_by", 0) >= self.FACTOR else None
+        self._times = self._times + 1 if slow == self._rank else 1
+        self._rank = slow
+        if slow is None or self._times != self.TIMES:
+            return None
+        return (
+            f"rank {slow} is slow: for reading rows and its forward passes it needs {record['slowest_by']:.1f} times "
+            "what the others need; they wait for it in every step"
+        )

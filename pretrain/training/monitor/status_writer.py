@@ -8,44 +8,43 @@ from pretrain.checkpoint.format import TrainingState
 from pretrain.redaction import redact
 from pretrain.run.attempt import Attempt
 from pretrain.run.status import Status
-from pretrain.training.guards import Guard
 from pretrain.training.monitor.heartbeats import end_of
 
 log = logging.getLogger(__name__)
 
 
-class Report:
-    """The status of a run; it says nothing more once another attempt has the run, or the watchdog has ended this."""
+class StatusWriter:
+    """Writer of status.json; silent once another attempt has the run, or the watchdog has ended this one."""
 
     def __init__(self, attempt: Attempt, rank: int, world_size: int, total_tokens: int) -> None:
         self._attempt, self._rank = attempt, rank
         self.samples_lost = 0
-        """In damaged shards, as far as it was told."""
+        """Samples lost in damaged shards, as far as it was told."""
         self.status = Status(heartbeat=time.time(), total_tokens=total_tokens, attempt=attempt.number, ranks=world_size)
 
     def event(self, text: str) -> None:
-        """Something happened: a line in this rank's log and in the status."""
+        """Write a line about something that happened to this rank's log, and keep it for the status."""
         log.info(text)
         self.status.add_event(redact(text))
 
-    def progress(self, doing: str, state: TrainingState, guard: Guard, record: dict[str, Any] | None = None) -> None:
-        """Where the run stands; `record` is the newest of the metrics, if there is a new one."""
+    def show(self, doing: str, state: TrainingState, trouble: str | None) -> None:
+        """Write where the run stands: one of the states of `Status`, the training state, and what is wrong."""
         status = self.status
-        status.state, status.step, status.tokens = doing, state.step, state.tokens_seen
+        status.state, status.step, status.tokens, status.message = doing, state.step, state.tokens_seen, trouble
         status.skipped_steps = state.step - state.optimizer_steps
-        count = guard.skipped_in_a_row
-        status.message = f"the last {count} steps were skipped: {guard.reason}" if count else None
-        if record is not None:
-            status.loss, status.masked_accuracy = record["loss"], record["masked_accuracy"]
-            status.learning_rate, status.tokens_per_s = record["learning_rate"], record["tokens_per_s"]
-            status.flops_per_s, status.mfu = record["flops_per_s"], record.get("mfu")
-            status.time_shares, status.peak_memory_bytes = record["time_shares"], record.get("peak_memory_bytes")
-            status.planned_memory_bytes = record.get("planned_memory_bytes")
-            status.seconds_left = max(status.total_tokens - status.tokens, 0) / record["tokens_per_s"]
         self._write()
 
+    def take_figures(self, record: dict[str, Any]) -> None:
+        """Copy figures from the newest record of the metrics, to be written with the next `show`."""
+        status = self.status
+        for key in ("loss", "masked_accuracy", "learning_rate", "tokens_per_s", "flops_per_s", "mfu", "time_shares"):
+            setattr(status, key, record.get(key))
+        status.peak_memory_bytes = record.get("peak_memory_bytes")
+        status.planned_memory_bytes = record.get("planned_memory_bytes")
+        status.seconds_left = max(status.total_tokens - record["tokens"], 0) / record["tokens_per_s"]
+
     def samples_lost_by(self, step: int, samples: int) -> None:
-        """So many samples were lost by the end of a step: an event, if they are more than before."""
+        """Report an event if more samples were lost by the end of a step than before."""
         if samples > self.samples_lost:
             more = samples - self.samples_lost
             self.event(
@@ -54,13 +53,13 @@ class Report:
             )
             self.samples_lost = samples
 
-    def failed(self, error: Exception) -> None:
-        """The run ends with an error of its own."""
+    def failed(self, error: BaseException) -> None:
+        """Write that the run ends with an error of its own."""
         self.status.state, self.status.message = "failed", redact(str(error))
         self._write()
 
     def interrupted(self, why: str) -> None:
-        """The watchdog ends the run; called by its thread, on whichever rank can still tell."""
+        """Write that the watchdog ends the run; called by its thread, on whichever rank can still tell."""
         self.status.state, self.status.message = "interrupted", why
         self.event(why)
         if not self._attempt.superseded_by():

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from pretrain.config.training import SupervisionConfig
 from pretrain.errors import EXIT_RESUME_ME, EXIT_SUPERSEDED
 from pretrain.files import replace_text
 from pretrain.run.attempt import Attempt
@@ -32,6 +33,7 @@ from pretrain.training.monitor.heartbeats import (
     look_at,
     remove_older,
 )
+from pretrain.training.monitor.places import STARTING
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ ORDERLY_S = 10.0
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank's main loop is."""
+class Whereabouts:
+    """Place of a rank's main loop, and what follows from it."""
 
     step: int
     doing: str
@@ -53,35 +55,32 @@ class Place:
 
 
 class Watchdog:
-    """Of one rank."""
+    """Watch over the main loop of one rank, by a thread."""
 
     def __init__(
         self,
         attempt: Attempt,
         rank: int,
         world_size: int,
-        silence_s: float,
-        long_silence_s: float,
+        limits: SupervisionConfig,
         stop_requested: Callable[[], bool],
         on_hang: Callable[[str], None],
     ) -> None:
         """Begin to watch, in the place "starting".
 
         Args:
-            attempt: of the run.
-            rank: of this process.
-            world_size: ranks.
-            silence_s: how long the main loop may stay in one place.
-            long_silence_s: the same in a place that may take long.
-            stop_requested: whether a signal asked for the end.
-            on_hang: told the report, on one rank that can still tell it to others.
+            attempt: start of the run that this rank belongs to.
+            rank: number of this process.
+            world_size: number of ranks.
+            limits: how long the main loop may stay in one place.
+            stop_requested: tells whether a signal asked for the end.
+            on_hang: told the diagnosis, on one rank that can still tell it to others.
         """
         self._attempt, self._rank, self._world_size = attempt, rank, world_size
-        self._silence_s, self._long_silence_s = silence_s, long_silence_s
-        self._stop_requested, self._on_hang = stop_requested, on_hang
-        self._tick_s = min(max(silence_s / 20, 0.2), 10.0)
+        self._limits, self._stop_requested, self._on_hang = limits, stop_requested, on_hang
+        self._tick_s = min(max(limits.silence_s / 20, 0.2), 10.0)
         self._folder = heartbeat_folder(attempt)
-        self._place = Place(0, "starting", patient=True, unsaved=False)
+        self._place = Whereabouts(0, STARTING.doing, patient=True, unsaved=False)
         self._stopped = threading.Event()
         if rank == 0:
             remove_older(attempt)
@@ -92,7 +91,7 @@ class Watchdog:
 
     def note(self, step: int, doing: str, *, patient: bool = False, unsaved: bool = True) -> None:
         """The main loop is now at this place; called several times a step."""
-        self._place = Place(step, doing, patient, unsaved)
+        self._place = Whereabouts(step, doing, patient, unsaved)
 
     def stop(self) -> None:
         """The main loop has ended."""
@@ -111,7 +110,7 @@ class Watchdog:
             moved, seen = place is not seen, place
             still_s = 0.0 if moved else still_s + passed
             asked_s = asked_s + passed if self._stop_requested() and not moved and not place.unsaved else 0.0
-            limit_s = self._long_silence_s if place.patient else self._silence_s
+            limit_s = self._limits.long_silence_s if place.patient else self._limits.silence_s
             self._arm(limit_s)
             self._write(place, still_s)
             if still_s >= limit_s:
@@ -130,7 +129,7 @@ class Watchdog:
         """Have a thread of C end the process if this one does not run for so long: a library that keeps the GIL."""
         faulthandler.dump_traceback_later(limit_s + 60, exit=True, file=2)
 
-    def _write(self, place: Place, still_s: float) -> None:
+    def _write(self, place: Whereabouts, still_s: float) -> None:
         beat = Heartbeat(self._rank, os.uname().nodename, os.getpid(), place.step, place.doing, round(still_s, 1))
         with suppress(OSError):
             replace_text(heartbeat_path(self._attempt, self._rank), json.dumps(asdict(beat)))
@@ -141,7 +140,7 @@ class Watchdog:
         except OSError:
             return False
 
-    def _hang(self, place: Place, still_s: float) -> None:
+    def _hang(self, place: Whereabouts, still_s: float) -> None:
         """Say where everything stands, wake who sleeps so that it can say too, and end."""
         log.error("no progress for %.0f s: this rank is %s, step %d", still_s, place.doing, place.step)
         faulthandler.dump_traceback(all_threads=True, file=2)

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch
@@ -45,6 +46,7 @@ class Engine:
         """Collective."""
         deepspeed = load_deepspeed(device)
         self.device, self.config = device, config
+        self.rank, self.world_size = dist.get_rank() if dist.is_initialized() else 0, world_size
         self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
         """The ranks that this one shares its rows with, if it does."""
         self.precision = resolve_precision(config)
@@ -137,9 +139,9 @@ class Engine:
         theta = config.model.rotary_theta
         self._encoder.rotary_theta = None if theta == self._encoder.config.rotary_theta else theta
 
-    def see_tokens(self, tokens_seen: int) -> None:
+    def set_tokens_seen(self, tokens_seen: int) -> None:
         """Tell the encoder how many tokens the run has seen: some configs drop positions after so many."""
-        self._encoder.see_tokens(tokens_seen)
+        self._encoder.set_tokens_seen(tokens_seen)
 
     def train(self) -> None:
         """Gradients will be wanted."""

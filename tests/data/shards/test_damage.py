@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch.utils.data import get_worker_info
 
 from pretrain.config.parallel import SOLE_READER, DataRank
@@ -30,9 +29,8 @@ from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
 from pretrain.training.collectives import any_rank
-from pretrain.training.trainer import Trainer
 from tests.data.stream.test_stream import first_steps, merged, rows_of
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 
 def flip(content: bytearray, at: int) -> bytearray:
@@ -230,12 +228,8 @@ def test_a_shard_that_is_whole_again_after_a_resume_is_read_from_its_next_visit(
     )
 
 
-class Never:
-    requested, signal_name = False, None
-
-
 def train(rank, config, world_size):
-    return Trainer(config, rank, world_size, torch.device("cpu"), Never()).train()
+    return trainer_of(config, rank, world_size).fit()
 
 
 @pytest.mark.slow

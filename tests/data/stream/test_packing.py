@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,9 +22,8 @@ from pretrain.data.stream.state import StreamState
 from pretrain.data.tokenizer import BOS, EOS
 from pretrain.model.layout import AttentionLayout
 from pretrain.run.opening import open_run_folder
-from pretrain.training.trainer import Trainer
 from tests.data.stream.test_stream import ids_of
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 REAL_DATA = Path(os.environ.get("DIPTYCH_DATA", Path(__file__).parents[4] / "shared/data"))
 ROOT = Path(__file__).parents[3]
@@ -151,10 +149,7 @@ def test_packed_batches_hold_whole_documents_with_their_symbols(make_config, man
 
 
 def train(rank, config):
-    class Never:
-        requested, signal_name = False, None
-
-    return Trainer(config, rank, 1, torch.device("cpu"), Never()).train()
+    return trainer_of(config, rank, 1).fit()
 
 
 @pytest.mark.slow

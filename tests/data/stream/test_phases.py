@@ -6,7 +6,6 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 
 from pretrain.config.load import validate
 from pretrain.config.parallel import SOLE_READER
@@ -18,9 +17,8 @@ from pretrain.data.stream.state import StreamState
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
-from pretrain.training.trainer import Trainer
 from tests.data.stream.test_stream import first_steps, merged, rows_of
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 PHASES = [{"from_tokens": 3_000, "sequence_length": 64, "batch_size": 8, "mask_rate": 0.4, "rotary_theta": 50_000.0}]
 
@@ -140,7 +138,7 @@ class StopAfter:
 
 def train_in_pieces(rank, configs, pieces):
     return [
-        Trainer(config, rank, 2, torch.device("cpu"), StopAfter(stop)).train()
+        trainer_of(config, rank, 2, StopAfter(stop)).fit()
         for config, stops in zip(configs, pieces, strict=True)
         for stop in stops
     ]

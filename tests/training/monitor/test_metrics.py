@@ -10,8 +10,8 @@ from pretrain.model.summary import GROUPS
 from pretrain.run.folder import RunFolder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.clock import Timing
-from pretrain.training.monitor.metrics import Metrics, StepRecord, Usage
-from pretrain.training.step import StepTotals
+from pretrain.training.monitor.metrics import Metrics, Usage
+from pretrain.training.step_record import StepOutcome, StepRecord, StepTotals
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def metrics(tmp_path):
     made.close()
 
 
-def record(step, **values):
+def record(step, skipped=None, squares=None):
     totals = StepTotals(masked=200, tokens=1000, rows_checksum=7, samples_lost=0, stop=False)
     sums = torch.tensor([600.0, 50.0])
-    return StepRecord(step, step * 1000, totals, 1e-3, 0.5, 0.25, sums, **values)
+    return StepRecord(step, step * 1000, totals, 1e-3, StepOutcome(sums, 0.5, skipped=skipped), 0.25, squares)
 
 
 def usage(memory=300):

@@ -11,7 +11,8 @@ from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.summary import group_of
 from pretrain.training.mock_step import largest_batch
 from pretrain.training.monitor.norms import SAMPLE, Inspection, sample, summarize
-from pretrain.training.step import StepTotals, train_step
+from pretrain.training.step import train_step
+from pretrain.training.step_record import StepTotals
 from pretrain.training.zero.engine import Engine
 from tests.ranks import run_on_ranks
 
@@ -58,7 +59,7 @@ def inspect(rank):
         totals = StepTotals(2 * batch.num_masked, 2 * batch.num_tokens, 0, 0, stop=False)
         before = weights(engine)
         inspection = Inspection(engine)
-        train_step(engine, batch, totals, 2, 2, inspection=inspection)
+        train_step(engine, batch, totals, inspection=inspection)
         after = weights(engine)
         dist.all_reduce(inspection.squares)
         moved = norms_by_group({name: after[name] - before[name] for name in before})

@@ -13,10 +13,9 @@ from pretrain.run.opening import open_run_folder
 from pretrain.training.cost.memory import model_states
 from pretrain.training.cost.plan import optimizer_shape
 from pretrain.training.load import load_checkpoint
-from pretrain.training.trainer import Trainer
 from pretrain.training.zero.settings import ZERO_STAGE
 from tests.conftest import tiny_run
-from tests.ranks import NoStop, run_on_ranks
+from tests.ranks import run_on_ranks, trainer_of
 
 SAVED = 6
 RANKS = 2
@@ -45,8 +44,8 @@ def train_all(rank, world_size, configs):
     """Train each to its end; returns the bytes of the optimizer's states in its engine."""
     found = []
     for config in configs:
-        trainer = Trainer(config, rank, world_size, torch.device("cpu"), NoStop())
-        assert trainer.train() == 0
+        trainer = trainer_of(config, rank, world_size)
+        assert trainer.fit() == 0
         states = trainer.engine.torch_optimizer.state.values()
         found.append(sum(value.numel() * 4 for state in states for value in state.values()))
     return found
@@ -68,13 +67,13 @@ def resume_all(rank, world_size, configs, of_one_rank, of_adamw):
     """What goes wrong in engines that load the checkpoints of others; then each run goes on from its own."""
     problems = []
     for config in configs:
-        trainer = Trainer(config, rank, world_size, torch.device("cpu"), NoStop())
+        trainer = trainer_of(config, rank, world_size)
         assert trainer.state.step == SAVED
         for path, steps in ((of_one_rank, SAVED), (of_adamw, 0), (checkpoint_of(config), SAVED)):
             load_checkpoint(path, trainer.engine)
             problems += [(config.name, path, *other) for other in differing(trainer.engine, path)]
             problems += [(config.name, path, "steps")] if trainer.engine.optimizer_steps != steps else []
-        assert trainer.train() == 0
+        assert trainer.fit() == 0
     return problems
 
 
