@@ -148,7 +148,8 @@ def _run_on_ranks(
     """Have the parts of a plan computed by processes of this machine; must be called from the main thread."""
     from pretrain.evaluation.context.work import missing_parts
 
-    logs, total, looks = folder / "logs", len(plan.parts()), count()
+    logs = RunFolder(plan.run_folder).evaluation_logs(folder.name)
+    total, looks = len(plan.parts()), count()
 
     def show_parts() -> None:
         report(f"parts on {num_ranks} ranks", total - len(missing_parts(folder, plan)), total)

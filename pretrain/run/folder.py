@@ -129,6 +129,10 @@ class RunFolder:
         """The reports that there are, by name."""
         return sorted(self.evaluation.glob("*/report.json"))
 
+    def evaluation_logs(self, evaluation: str) -> Path:
+        """Folder of what the ranks of an evaluation print."""
+        return self.evaluation / evaluation / "logs"
+
     @property
     def tensorboard(self) -> Path:
         """Folder for TensorBoard."""
