@@ -17,6 +17,7 @@ from pretrain.errors import EXIT_DONE, UserError
 from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
 from pretrain.run.opening import open_run_folder
+from pretrain.run.secrets import remember_secrets
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
@@ -53,6 +54,7 @@ def train_and_evaluate(
     Returns:
         The exit code; see `launch_local`.
     """
+    remember_secrets(config)
     run = RunFolder.of(config)
     refuse_if_queued(run)
     manifest = ensure_corpus(config.corpus, console)

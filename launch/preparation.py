@@ -11,6 +11,7 @@ from pretrain.data.tokenizer import RESIDUES, SPECIAL_PIECES
 from pretrain.errors import UserError
 from pretrain.redaction import redact
 from pretrain.run.folder import RunFolder
+from pretrain.run.secrets import is_without_secret
 from pretrain.training.monitor.profiled_steps import VARIABLE, ProfiledSteps, check_steps
 
 
@@ -37,11 +38,18 @@ def ensure_corpus(corpus: CorpusConfig, console: Console) -> Manifest:
 
         say(console, f"fetching the manifest of {redact(corpus.url)} to {corpus.path}")
         fetch_description(corpus.url, corpus.path)
+    hidden = next((source.path for source in corpus.sources if is_without_secret(source.path)), None)
     if corpus.sources and not (corpus.path / MANIFEST).is_file():
+        if hidden is not None:
+            raise UserError(
+                f"there is no finished corpus at {corpus.path}, and the run's config.yaml has its source {hidden} "
+                "without its password or token; build the corpus with `diptych data build CONFIG`, from the config "
+                "that the run was started with"
+            )
         say(console, f"there is no finished corpus at {corpus.path} yet: building it")
         return build(corpus, console)
     manifest = load_manifest(corpus.path)
-    if corpus.sources and manifest.build_key is not None:
+    if corpus.sources and manifest.build_key is not None and hidden is None:
         _check_sources(corpus, manifest.build_key)
     return manifest
 

@@ -9,7 +9,6 @@ from pretrain.config.run import RunConfig
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
 from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, take_attempt
 from pretrain.run.folder import RunFolder
-from pretrain.run.secrets import CORPUS_URL
 from pretrain.run.status import LIVE_STATES
 from pretrain.training.monitor.heartbeats import end_of
 
@@ -54,8 +53,6 @@ def launch_local(
     run = RunFolder.of(config)
     attempt = take_attempt(run)
     variables = {**(environment or {}), ATTEMPT_VARIABLE: str(attempt.number)}
-    if config.corpus.url:
-        variables[CORPUS_URL] = config.corpus.url
     feed = StatusFeed(attempt, display)
     end = run_ranks(
         rank_command(run), num_ranks, attempt.log, display, feed.refresh, variables=variables, attempt=attempt

@@ -18,6 +18,17 @@ def public(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"corpus": corpus.model_copy(update=update)})
 
 
+def is_without_secret(url: str) -> bool:
+    """Whether a URL was written without its password or token."""
+    return "://" in url and HIDDEN in url
+
+
+def remember_secrets(config: RunConfig) -> None:
+    """Put what no file of the run holds into the environment of this process, for its ranks and for `with_secrets`."""
+    if config.corpus.url:
+        os.environ[CORPUS_URL] = config.corpus.url
+
+
 def with_secrets(config: RunConfig) -> RunConfig:
     """A config that was read from a run folder, with the URL that was left out there.
 
@@ -25,7 +36,7 @@ def with_secrets(config: RunConfig) -> RunConfig:
         UserError: it is not in the environment.
     """
     url = config.corpus.url
-    if url is None or HIDDEN not in url:
+    if url is None or not is_without_secret(url):
         return config
     whole = os.environ.get(CORPUS_URL)
     if whole is None or redact(whole) != url:

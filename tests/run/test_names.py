@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.runs import SWEEP
+from launch.run_list import SWEEP
 from pretrain.checkpoint.format import MANIFEST_FILE
 from pretrain.run.folder import RunFolder
 
