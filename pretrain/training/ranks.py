@@ -77,11 +77,11 @@ class Ranks:
     """All ranks of a run, as one of them sees them."""
 
     rank: int
-    """Number of this one, from 0."""
+    """Number of this rank, from 0."""
     world_size: int
-    """How many there are."""
+    """Number of ranks."""
     device: "torch.device"
-    """Device that this one computes on."""
+    """Device that this rank computes on."""
 
     @property
     def device_name(self) -> str:
@@ -141,7 +141,7 @@ def interface_towards(host: str) -> str | None:
 
 @contextmanager
 def hold_run(run: RunFolder, rank: int) -> Iterator[Attempt]:
-    """Where no launcher of ours has locked the run (torchrun, Slurm): rank 0 locks it and takes the attempt.
+    """Hold the run: where no launcher of ours has locked it (torchrun, Slurm), rank 0 does, and takes the attempt.
 
     From then on each rank's output goes to the attempt's log in the run folder; what comes before is where the ranks
     were started from. Collective.

@@ -72,13 +72,13 @@ class SaveResult:
     """How a save ended, the same on every rank."""
 
     name: str
-    """Of the checkpoint."""
+    """Name of the checkpoint's folder."""
     seconds: float
-    """From the call to its end."""
+    """Seconds from the call to its end."""
     error: str | None = None
     """Why there is no new checkpoint; those before are as they were."""
     note: str | None = None
-    """It is saved, but something beside it went wrong."""
+    """What went wrong beside a checkpoint that is saved."""
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Trainer:
         check_topology(config, ranks.world_size, ranks_per_node(ranks.world_size))
         self.base_config, self.ranks, self.monitor = config, ranks, monitor
         self.phase_config = config
-        """As `base_config`, with the settings of the phase at hand."""
+        """Config of the run, with the settings of the phase at hand."""
         self.data_rank = config.parallel.data_rank(ranks.rank, ranks.world_size)
         self.manifest = load_manifest(config.corpus.path)
         self.guard = Guard(config.training)
@@ -75,13 +75,13 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- a step
 
     def read(self, steps: Iterator[StepRows]) -> StepRows:
-        """This rank's rows of the next step."""
+        """Return this rank's rows of the next step."""
         self.monitor.step_begins()
         with self.monitor.doing(READING):
             return next(steps)
 
     def agree(self, rows: StepRows) -> StepTotals:
-        """What all ranks together are about to train on, and whether one of them was asked to stop."""
+        """Sum up what all ranks are about to train on, and whether one of them was asked to stop."""
         with self.monitor.doing(AGREEING):
             lost = rows.state.lost[self.data_rank.streams(len(rows.state.lost))].sum()
             stop = self.monitor.stop_request.requested

@@ -32,12 +32,12 @@ ON_DEVICE = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Timing:
-    """Of the time since the timing before."""
+    """Seconds since the timing before, and what they were spent on."""
 
     elapsed: float
     """Seconds in all."""
     seconds: tuple[float, ...]
-    """In each of SECTIONS."""
+    """Seconds in each of SECTIONS."""
     on_gpu: bool = False
 
     @property
@@ -109,7 +109,7 @@ class StepClock:
 
 
 def shares(timings: Sequence[Timing]) -> dict[str, float]:
-    """Of the ranks' time, by section, and `other`: together one. Forward and backward passes are one section."""
+    """Shares of the ranks' time by section, and `other`: together one. Forward and backward passes are one section."""
     seconds = {name: sum(timing.seconds[k] for timing in timings) for k, name in enumerate(SECTIONS)}
     parts = {
         "data": seconds["data"],

@@ -29,11 +29,11 @@ class Sighting:
 
     heartbeat: Heartbeat
     age_s: float
-    """Since it was written, by the file server's clock."""
+    """Seconds since it was written, by the file server's clock."""
 
 
 def heartbeat_folder(attempt: Attempt) -> Path:
-    """Where the ranks of an attempt say where they are."""
+    """Folder in which the ranks of an attempt say where they are."""
     return attempt.run.heartbeats(attempt.number)
 
 

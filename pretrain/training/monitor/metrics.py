@@ -17,7 +17,7 @@ from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.clock import Timing, shares
-from pretrain.training.monitor.norms import summarize
+from pretrain.training.monitor.norms import summarize_squares
 from pretrain.training.step_record import StepRecord
 
 KEPT_BEFORE = 512
@@ -34,14 +34,14 @@ class Usage:
 
 
 class _Gathered(NamedTuple):
-    """From all ranks."""
+    """Figures of all ranks."""
 
     sums: list[list[float]]
-    """Of each step: summed loss, correct predictions."""
+    """Summed loss and correct predictions of each step."""
     ranks: list[list[float]]
-    """Of each rank: seconds in all, seconds in each of SECTIONS, bytes at the peak (-1: not known)."""
+    """Seconds in all, seconds in each of SECTIONS, bytes at the peak (-1: not known) of each rank."""
     squares: list[list[float]] | None
-    """Of the last step, if it was inspected."""
+    """Sums of squares of the last step, if it was inspected."""
 
 
 class Metrics:
@@ -93,7 +93,7 @@ class Metrics:
         last = written[-1]
         last |= self._speed(records) | self._of_ranks(gathered.ranks, usage.timing.on_gpu)
         if gathered.squares is not None and records[-1].outcome.skipped is None:
-            last |= summarize(gathered.squares)
+            last |= summarize_squares(gathered.squares)
         for record in written:
             self._write(record)
         self._scalars("train", last)
@@ -140,7 +140,7 @@ class Metrics:
         return line
 
     def _speed(self, records: list[StepRecord]) -> dict[str, Any]:
-        """Of some steps together; validation and saving between them are not counted."""
+        """Speed of some steps together; validation and saving between them are not counted."""
         seconds = max(sum(r.seconds for r in records), 1e-9)
         tokens, masked = sum(r.totals.tokens for r in records), sum(r.totals.masked for r in records)
         rate = masked / max(tokens, 1)

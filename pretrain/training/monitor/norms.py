@@ -18,7 +18,7 @@ SAMPLE = 2**18
 
 
 class Inspection:
-    """Of one step. While the optimizer moves the weights, it holds a copy of at most SAMPLE elements of each."""
+    """Look at one step. While the optimizer moves the weights, it holds a copy of at most SAMPLE elements of each."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -54,7 +54,7 @@ class Inspection:
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Of a flat tensor, every k-th element, at most SAMPLE of them.
+    """Every k-th element of a flat tensor, at most SAMPLE of them.
 
     An odd k does not come back to the same columns of a matrix whose rows are a power of two long.
     """
@@ -62,8 +62,8 @@ def sample(tensor: Tensor) -> Tensor:
     return tensor[:: max(k + 1 - k % 2, 1)]
 
 
-def summarize(squares: list[list[float]]) -> dict[str, dict[str, float]]:
-    """From sums of squares over all ranks: gradient norm and update/weight ratio of each group that there is."""
+def summarize_squares(squares: list[list[float]]) -> dict[str, dict[str, float]]:
+    """Turn sums of squares over all ranks into gradient norm and update/weight ratio of each group that there is."""
     gradient, weight, update = squares
     there = [number for number, square in enumerate(weight) if square > 0]
     return {

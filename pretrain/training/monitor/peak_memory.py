@@ -19,7 +19,7 @@ class PeakMemory:
             self._before = _reset_resident_peak()
 
     def bytes(self) -> int | None:
-        """So far; None where the system does not tell."""
+        """Peak so far; None where the system does not tell."""
         if self._before is None:
             return None
         if self._device.type == "cuda":

@@ -20,14 +20,14 @@ MOST_STEPS = 100
 
 @dataclass(frozen=True)
 class ProfiledSteps:
-    """From the step `first` to the step `last`, both included; the first step of a run is 1."""
+    """Steps `first` to `last`, both included; the first step of a run is 1."""
 
     first: int
     last: int
 
     @classmethod
     def parse(cls, text: str) -> "ProfiledSteps":
-        """Of `N:M`, or of `N` for a single step.
+        """Read `N:M`, or `N` for a single step.
 
         Raises:
             UserError: it is none.
@@ -57,7 +57,7 @@ def requested_steps() -> ProfiledSteps | None:
 
 
 def traces(run: RunFolder, first: int) -> list[Path]:
-    """Those that begin at this step."""
+    """Return the traces that begin at this step."""
     return sorted(run.profile.glob(f"rank-*.steps-{first}-*.pt.trace.json"))
 
 

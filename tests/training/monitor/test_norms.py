@@ -10,7 +10,7 @@ from pretrain.config.load import validate
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.summary import group_of
 from pretrain.training.mock_step import largest_batch
-from pretrain.training.monitor.norms import SAMPLE, Inspection, sample, summarize
+from pretrain.training.monitor.norms import SAMPLE, Inspection, sample, summarize_squares
 from pretrain.training.step import train_step
 from pretrain.training.step_record import StepTotals
 from pretrain.training.zero.engine import Engine
@@ -64,7 +64,7 @@ def inspect(rank):
         dist.all_reduce(inspection.squares)
         moved = norms_by_group({name: after[name] - before[name] for name in before})
         ratios = {group: moved[group] / norm for group, norm in norms_by_group(before).items()}
-        results[sharding] = summarize(inspection.squares.tolist()), engine.grad_norm, ratios
+        results[sharding] = summarize_squares(inspection.squares.tolist()), engine.grad_norm, ratios
     return results
 
 
