@@ -88,6 +88,6 @@ def resume_run(run: RunFolder, console: Console) -> int:
 
 
 def ranks_of(run: RunFolder, config: RunConfig) -> int:
-    """As many ranks as the last time, if this machine has the GPUs for them; else what `diptych train` would take."""
+    """Number of ranks of the last time, if this machine has the GPUs for them; else that of `diptych train`."""
     before, gpus = run.world_size(), num_gpus()
     return choose_num_ranks(config, None if before is None or (gpus and before > gpus) else before)

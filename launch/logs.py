@@ -10,18 +10,14 @@ from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 from pretrain.run.status import LIVE_STATES
 
-POLL_S = 0.5
-
-
+FOLLOW_POLL_S = 0.5
 QUIET_S = 3.0
 """A run that has ended is followed until its log has been quiet for so long."""
-
-
 NAMED = "this rank's log: "
 
 
 def log_of(run: RunFolder, rank: int) -> Path | None:
-    """Where a rank of the newest start writes; None where nothing was started yet.
+    """Log of a rank of the newest start; None where nothing was started yet.
 
     Under Slurm a rank writes into the submission's folder until it has met the others, and names its log there.
     """
@@ -74,7 +70,7 @@ def show_log(run: RunFolder, rank: int, follow: bool, write: Callable[[str], obj
             continue
         if not follow or (_has_ended(run) and time.monotonic() - quiet_since > QUIET_S):
             return
-        time.sleep(POLL_S)
+        time.sleep(FOLLOW_POLL_S)
 
 
 def _has_ended(run: RunFolder) -> bool:

@@ -9,7 +9,7 @@ from launch.local.display import make_display
 from launch.local.ranks import num_gpus
 from launch.local.training import launch_local
 from launch.preparation import ensure_corpus, profile_variables
-from launch.slurm.submission import refuse_if_queued
+from launch.slurm.refusals import refuse_if_queued
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology

@@ -86,7 +86,7 @@ def find_manifest(config: RunConfig) -> Manifest:
     return ensure_corpus(config.corpus, make_console()) if config.corpus.url else load_manifest(config.corpus.path)
 
 
-def vocabulary(config: RunConfig) -> tuple[int, str]:
+def vocabulary_of(config: RunConfig) -> tuple[int, str]:
     """The number of pieces, and where it is known from: the corpus, if it is built, or else the config."""
     if (config.corpus.path / MANIFEST).is_file():
         return load_manifest(config.corpus.path).tokenizer.vocab_size, f"of the corpus {config.corpus.path}"

@@ -31,9 +31,9 @@ def plan(
 
     [bold]Example:[/bold] diptych plan model/1b data.sequence_length=4096 --gpu h100 --gpus-per-node 8
     """
-    from launch.show.memory_plan import brief_plan, hardware, make_plan, show_plan
+    from launch.show.memory_plan import brief_plan, hardware, plan_for, show_plan
 
-    made = make_plan(config, overrides or [], hardware(gpu, nodes, gpus_per_node, peak))
+    made = plan_for(config, overrides or [], hardware(gpu, nodes, gpus_per_node, peak))
     if brief:
         print("\n".join(brief_plan(made)))
     else:

@@ -40,13 +40,13 @@ def submit(
     from launch.slurm.queueing import queue_run
     from launch.slurm.scripts import show_scripts
     from pretrain.config.load import load_config
-    from pretrain.config.topology import check_topology
+    from pretrain.config.topology import check_cluster_ranks
     from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
     steps = ProfiledSteps.parse(profile) if profile is not None else None
     run = load_config(config, [*(overrides or []), *context.obj, *(allocation_overrides() if in_job else [])])
     if dry_run:
-        check_topology(run, run.cluster.nodes * run.cluster.ranks_per_node, run.cluster.ranks_per_node)
+        check_cluster_ranks(run)
         show_scripts(run, make_console(), folder=run.run_folder, name=run.name, evaluate=evaluate)
         return
     # Where a script reads the folder's name, nothing else is in its way.

@@ -9,7 +9,7 @@ from launch.terminal.console import make_console
 
 
 def quickstart(overrides: Overrides = None) -> None:
-    """From documents to a context report in minutes.
+    """Go from documents to a context report in minutes.
 
     Collects the documentation of the installed Python packages, builds a corpus, trains an encoder of a million
     parameters and evaluates it. Works in the current folder (corpora/ and runs/). Interrupt it anywhere and run it

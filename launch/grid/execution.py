@@ -10,13 +10,14 @@ from launch.grid.members import Sweep
 from launch.pipeline import choose_num_ranks, train_and_evaluate
 from launch.preparation import find_manifest
 from launch.slurm.in_job import prepare_run
-from launch.slurm.queries import check_cluster, check_script
+from launch.slurm.queries import check_script
 from launch.slurm.queueing import open_run, queue_scripts
+from launch.slurm.refusals import check_cluster, refuse_if_queued
 from launch.slurm.scripts import evaluation_script, show_scripts, train_script
-from launch.slurm.submission import Submission, make_folder, new_submission, refuse_if_queued
+from launch.slurm.submission import Submission, make_folder, new_submission
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
-from pretrain.config.topology import check_topology
+from pretrain.config.topology import check_cluster_ranks
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, UserError
 from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
@@ -75,7 +76,7 @@ def check_ranks(sweep: Sweep) -> None:
         UserError: with numbers that work.
     """
     for config in sweep.configs:
-        check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
+        check_cluster_ranks(config)
 
 
 def submit_sweep(sweep: Sweep, console: Console) -> None:
@@ -126,7 +127,7 @@ def _at_work(config: RunConfig, console: Console) -> bool:
 
 
 def prepare_member(sweep: Sweep, console: Console, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """As `prepare_run`, for the member of a sweep that the job's place in its array stands for.
+    """Prepare the member of a sweep that the job's place in its array stands for, as `prepare_run` does a run.
 
     Raises:
         UserError: there is no such member, or see `prepare_run`.

@@ -21,7 +21,7 @@ from launch.terminal.tables import table
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
 
-MARKDOWN, RESULTS, PLOT = "ladder.md", "results.json", "ladder.png"
+LADDER_MARKDOWN, LADDER_RESULTS, LADDER_PLOT = "ladder.md", "results.json", "ladder.png"
 
 
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -33,7 +33,7 @@ FAR = 20.0
 
 
 @dataclass(frozen=True)
-class Estimate:
+class FittedValue:
     """A value and its 95 % interval; without one where there is nothing to judge the spread by."""
 
     value: float
@@ -52,9 +52,9 @@ class PowerLaw:
     exponent: float
     points: int
     mean: float
-    """Of the logarithms of compute."""
+    """Mean of the logarithms of compute."""
     squares: float
-    """Of their distances from it, summed."""
+    """Sum of the squared distances of these logarithms from their mean."""
     deviation: float | None
     """Standard deviation of the residuals; None for two points."""
 
@@ -62,25 +62,25 @@ class PowerLaw:
     def _t(self) -> float:
         return _T_975[min(self.points - 2, len(_T_975)) - 1]
 
-    def exponent_estimate(self) -> Estimate:
+    def exponent_estimate(self) -> FittedValue:
         """The exponent with its interval."""
         if self.deviation is None:
-            return Estimate(self.exponent, None)
+            return FittedValue(self.exponent, None)
         half = self._t * self.deviation / math.sqrt(self.squares)
-        return Estimate(self.exponent, (self.exponent - half, self.exponent + half))
+        return FittedValue(self.exponent, (self.exponent - half, self.exponent + half))
 
-    def predict(self, flops: float) -> Estimate:
+    def predict(self, flops: float) -> FittedValue:
         """The loss of one new training of so many FLOPs, in nats, with its prediction interval."""
         x = math.log(flops)
         value = self.intercept - self.exponent * x
         if self.deviation is None:
-            return Estimate(math.exp(value), None)
+            return FittedValue(math.exp(value), None)
         half = self._t * self.deviation * math.sqrt(1 + 1 / self.points + (x - self.mean) ** 2 / self.squares)
-        return Estimate(math.exp(value), (math.exp(value - half), math.exp(value + half)))
+        return FittedValue(math.exp(value), (math.exp(value - half), math.exp(value + half)))
 
 
 def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
-    """Through points of at least two different amounts of compute; losses in nats.
+    """Fit a power law through points of at least two different amounts of compute; losses in nats.
 
     Raises:
         ValueError: fewer than two amounts.
@@ -105,15 +105,15 @@ class Climbed:
     ladder: Ladder
     losses: dict[str, list[float]]
     unfinished: list[str]
-    """Names of members."""
+    """Names of the members without a final loss."""
 
     @property
     def rungs(self) -> list[Rung]:
-        """Those with a loss, from the smallest on."""
+        """Rungs with a loss, from the smallest on."""
         return [rung for rung in self.ladder.rungs if rung.size in self.losses]
 
     def law(self, rungs: Sequence[Rung]) -> PowerLaw | None:
-        """Through some of the rungs; None for fewer than two."""
+        """Law through some of the rungs; None for fewer than two."""
         if len(rungs) < 2:
             return None
         points = [(rung.flops, loss) for rung in rungs for loss in self.losses[rung.size]]
@@ -189,14 +189,14 @@ def plan_table(name: str, ladder: Ladder) -> Table:
     """What is to be trained."""
     rows = [[r.size, compact(r.parameters, " "), compact(r.tokens, " "), f"{r.flops:.2e}"] for r in ladder.rungs]
     title = f"Ladder {name}, {ladder.tokens_per_parameter:.3g} tokens per parameter"
-    return table(title, COLUMNS[:4], rows)
+    return table(title, RUNG_COLUMNS[:4], rows)
 
 
-COLUMNS = ("size", "parameters", "tokens", "FLOPs", "validation loss", "runs")
+RUNG_COLUMNS = ("size", "parameters", "tokens", "FLOPs", "validation loss", "runs")
 
 
 def rung_rows(climbed: Climbed) -> list[list[str]]:
-    """Of the table: a row for each rung, finished or not."""
+    """Cells of the table: a row for each rung, finished or not."""
     return [
         [
             rung.size,
@@ -211,20 +211,20 @@ def rung_rows(climbed: Climbed) -> list[list[str]]:
 
 
 def rungs_table(climbed: Climbed) -> Table:
-    """For a terminal."""
-    return table(f"Ladder {climbed.name}", COLUMNS, rung_rows(climbed))
+    """Table for a terminal."""
+    return table(f"Ladder {climbed.name}", RUNG_COLUMNS, rung_rows(climbed))
 
 
 def write_report(folder: Path, climbed: Climbed) -> Path:
     """Write ladder.md, results.json and ladder.png; returns the first."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rung_rows(climbed)]
+    lines = [RUNG_COLUMNS, ("---",) * len(RUNG_COLUMNS), *rung_rows(climbed)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     found = findings(climbed)
-    text = "\n\n".join([f"# Ladder {climbed.name}", rows, *found, f"![loss over compute]({PLOT})", _NOTE])
-    write_text(folder / MARKDOWN, f"{text}\n")
-    write_json(folder / RESULTS, {"format": 1, "losses": climbed.losses, "findings": found})
-    _plot(folder / PLOT, climbed)
-    return folder / MARKDOWN
+    text = "\n\n".join([f"# Ladder {climbed.name}", rows, *found, f"![loss over compute]({LADDER_PLOT})", _NOTE])
+    write_text(folder / LADDER_MARKDOWN, f"{text}\n")
+    write_json(folder / LADDER_RESULTS, {"format": 1, "losses": climbed.losses, "findings": found})
+    _plot_losses(folder / LADDER_PLOT, climbed)
+    return folder / LADDER_MARKDOWN
 
 
 _NOTE = (
@@ -234,7 +234,7 @@ _NOTE = (
 )
 
 
-def _plot(path: Path, climbed: Climbed) -> None:
+def _plot_losses(path: Path, climbed: Climbed) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for rung in climbed.rungs:

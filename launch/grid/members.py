@@ -129,7 +129,7 @@ def plan_sweep(config_name: str, overrides: Sequence[str], grid: Sequence[str]) 
 
 
 def sweep_over(config_name: str, overrides: Sequence[str], axes: Mapping[str, Sequence[Point]]) -> Sweep:
-    """As `plan_sweep`, over axes that are made already."""
+    """Make the members over axes that are made already; see `plan_sweep`."""
     base = load_config(config_name, overrides)
     folder = base.run_folder
     if RunFolder(folder).is_run:

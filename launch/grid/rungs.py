@@ -1,7 +1,7 @@
 """`diptych ladder`: the same recipe at several sizes, and what its losses say of the next size. A ladder is a sweep.
 
 runs/LADDER/
-  sweep.json, SIZE-seedN/   see sweep.py
+  sweep.json, SIZE-seedN/   see members.py
   ladder.json               the rungs: what each costs, and what the next one would
   ladder.md, ladder.png     what came out; see ladder_report.py
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.grid.members import SEED, Point, Sweep, override, sweep_over
-from launch.preparation import vocabulary
+from launch.preparation import vocabulary_of
 from pretrain.config.load import config_folder, find_config, load_config, settings_in
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
@@ -44,7 +44,7 @@ class Rung:
     parameters: int
     tokens: int
     flops: float
-    """Of a training, with triangles counted as triangles."""
+    """FLOPs of one training, with triangles counted as triangles."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Ladder:
     tokens_per_parameter: float
 
     def write(self, folder: Path) -> None:
-        """Beside sweep.json."""
+        """Write ladder.json beside sweep.json."""
         write_json(folder / LADDER, {"format": 1, **asdict(self)})
 
 
@@ -141,7 +141,7 @@ def _size(config_name: str, overrides: Sequence[str], name: str) -> _Size:
     path = find_config(name if _is_path(name) else f"{SEARCHED}/{name}")
     own = tuple(override(key, value) for key, value in settings_in(path).items())
     config = load_config(config_name, [*overrides, *own])
-    vocab_size, _ = vocabulary(config)
+    vocab_size, _ = vocabulary_of(config)
     flops = flops_per_token(config.model, vocab_size, config.data.sequence_length)
     parameters = sum(group.parameters for group in summarize(config.model, vocab_size).groups)
     return _Size(path.stem, own, config, parameters, flops.total(config.data.mask_rate))

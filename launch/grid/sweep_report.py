@@ -15,7 +15,7 @@ from launch.run_list import describe_run
 from launch.terminal.tables import table
 from pretrain.run.folder import RunFolder
 
-PLOT = "curves.png"
+CURVES_PLOT = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Result:
     member: Member
     state: str
     tokens: list[int]
-    """At each validation."""
+    """Tokens seen at each validation."""
     validation_losses: list[float]
     context_losses: dict[int, float]
-    """By context length in tokens, once it is evaluated."""
+    """Context length in tokens -> loss; empty until the member is evaluated."""
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """Its place on the axes, the seed left out."""
+        """Place of the member on the axes, the seed left out."""
         return tuple(label for axis, label in self.member.labels.items() if axis != SEED)
 
 
@@ -91,6 +91,6 @@ def plot_curves(folder: Path, results: Sequence[Result]) -> Path:
         axes.plot(result.tokens, result.validation_losses, color=colour, marker=".", linewidth=1, label=label)
     axes.set(xlabel="tokens seen", ylabel="validation loss in nats per masked token", title=folder.name)
     axes.legend(fontsize="small")
-    path = folder / PLOT
+    path = folder / CURVES_PLOT
     figure.savefig(path, dpi=120)
     return path

@@ -20,7 +20,7 @@ PLAIN_INTERVAL_S = 3.0
 
 
 PLAIN_LINES = 50
-"""Without a terminal, a run prints a progress line at most so often, however long it takes."""
+"""Most progress lines that a run prints where there is no terminal, however long it takes."""
 
 
 def tokens_done(status: Status) -> str:
@@ -52,7 +52,7 @@ def numbers(status: Status) -> list[str]:
 
 
 def costs(status: Status) -> list[str]:
-    """Where the time goes, and the memory, one phrase each; a share that rounds to nothing is left out."""
+    """Shares of the time, and the memory, one phrase each; a share that rounds to nothing is left out."""
     shares = (status.time_shares or {}).items()
     phrases = [f"{name.replace('_', '+')} {share:.0%}" for name, share in shares if share >= 0.005]
     if status.peak_memory_bytes is not None:
@@ -63,7 +63,7 @@ def costs(status: Status) -> list[str]:
 
 
 class Display(Protocol):
-    """Where a launch shows its ranks' progress; entered for as long as they run."""
+    """Place where a launch shows its ranks' progress; entered for as long as they run."""
 
     def __enter__(self) -> Self:
         """Begin to draw."""

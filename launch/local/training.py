@@ -66,7 +66,7 @@ def launch_local(
 
 
 def _close_status(attempt: Attempt, exit_code: int, failed: Sequence[Rank]) -> None:
-    """Where the ranks had no time to say that they end, say it for them."""
+    """Say in the status that the run has ended, where the ranks had no time to say it."""
     status = attempt.run.status()
     if status is None or status.state not in LIVE_STATES or exit_code == EXIT_DONE or attempt.superseded_by():
         return

@@ -81,7 +81,7 @@ def _collect(config: RunConfig, console: Console) -> None:
 
 
 def _say_what_next(config: RunConfig, console: Console) -> None:
-    """Where everything lies, and commands to go on with."""
+    """Print where everything lies, and commands to go on with."""
     say(console, "\nWhere everything lies", "bold")
     run = RunFolder.of(config)
     for what, path in (

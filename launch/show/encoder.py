@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console, Group
 from rich.table import Table
 
-from launch.preparation import vocabulary
+from launch.preparation import vocabulary_of
 from launch.terminal.console import compact, say
 from launch.terminal.tables import table
 from pretrain.config.load import load_config
@@ -18,7 +18,7 @@ from pretrain.training.zero.optimizer import GroupSummary
 def show_model(name: str, overrides: list[str], console: Console) -> None:
     """Print parameters, heads, layers and FLOPs of a config, which need not name a corpus."""
     config = load_config(name, overrides, beneath={"corpus": {"path": "corpora/none"}})
-    vocab_size, origin = vocabulary(config)
+    vocab_size, origin = vocabulary_of(config)
     summary = summarize(config.model, vocab_size)
     console.print(model_tables(summary, f"{config.name}: {config.model.attention.replace('_', '-')} encoder"))
     shape = optimizer_shape(config.model, vocab_size, config.optimizer)

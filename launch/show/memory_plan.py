@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.preparation import vocabulary
+from launch.preparation import vocabulary_of
 from launch.show.encoder import flops_table
 from launch.terminal.console import compact, duration, say
 from launch.terminal.tables import table
@@ -21,16 +21,10 @@ from pretrain.training.zero.settings import ZERO_STAGE
 
 GPUS = {"h200": (139, 989e12), "h100": (79, 989e12), "a100": (79, 312e12)}
 """GiB that torch reports, and dense bf16 FLOP/s by the maker's data sheet."""
-
-
 ASSUMED_MFU = 0.4
-"""Until `benchmarks/results/` has a line of a training on a GPU."""
-
-
-COLUMNS = 6
+"""Share of the peak that a training reaches, until `benchmarks/results/` has a line of one on a GPU."""
+SIZES_SHOWN = 6
 """Micro-batch sizes that a table has room for at 80 characters."""
-
-
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al., arXiv 2203.15556."""
 
@@ -61,15 +55,15 @@ def hardware(gpu: str, nodes: int, gpus_per_node: int, peak_tflops: float | None
     return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), **spread, on_gpu=True, peak=peak)
 
 
-def make_plan(name: str, overrides: Sequence[str], devices: Hardware) -> Plan:
-    """Of a config, which need not name a corpus.
+def plan_for(name: str, overrides: Sequence[str], devices: Hardware) -> Plan:
+    """Plan the memory of a config, which need not name a corpus.
 
     Raises:
         UserError: the batch or the streams cannot be divided by the devices.
     """
     config = load_config(name, overrides, beneath={"corpus": {"path": "corpora/none"}})
     check_topology(config, devices.world_size, devices.ranks_per_node)
-    return Plan(config, vocabulary(config)[0], devices)
+    return Plan(config, vocabulary_of(config)[0], devices)
 
 
 def show_plan(plan: Plan, mfu: float | None, console: Console) -> None:
@@ -149,7 +143,7 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _shardings(plan: Plan) -> list[str]:
-    """Those that there can be: `hybrid` is for several nodes, and neither it nor `none` goes with offload."""
+    """Shardings that there can be: `hybrid` is for several nodes, and neither it nor `none` goes with offload."""
     several = 1 < plan.hardware.ranks_per_node < plan.hardware.world_size
     offloaded = plan.run.training.offload != "none"
     refused = {"hybrid" if offloaded or not several else "", "none" if offloaded else ""}
@@ -175,7 +169,7 @@ def _columns(plan: Plan) -> list[int]:
     sizes = plan.micro_batch_sizes
     fitting = [m for m in sizes if plan.fits(Choice("full", 1, m))]
     last = min(len(sizes), max(len(fitting) + 1, 1))
-    return sizes[max(0, last - COLUMNS) : max(last, min(COLUMNS, len(sizes)))]
+    return sizes[max(0, last - SIZES_SHOWN) : max(last, min(SIZES_SHOWN, len(sizes)))]
 
 
 def _shown_again(plan: Plan) -> list[int]:

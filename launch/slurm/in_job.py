@@ -12,10 +12,11 @@ from rich.console import Console
 
 from launch.preparation import find_manifest, profile_variables
 from launch.slurm.queueing import prepare
-from launch.slurm.submission import find_submission, refuse_if_queued
+from launch.slurm.refusals import refuse_if_queued
+from launch.slurm.submission import find_submission
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
-from pretrain.config.topology import check_topology
+from pretrain.config.topology import check_cluster_ranks
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
@@ -66,7 +67,7 @@ def prepare_run(
     job, run = job_id(environment), RunFolder.of(config)
     if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(run, job)):
         return folder
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
+    check_cluster_ranks(config)
     refuse_if_queued(run)
     manifest = find_manifest(config)
     if run.is_complete(config.training.tokens):

@@ -11,21 +11,15 @@ import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from pretrain.config.cluster import ClusterConfig, time_seconds
+from pretrain.config.cluster import time_seconds
 from pretrain.errors import UserError
 
 ANSWER_WITHIN_S = 20.0
 """A controller that is down makes Slurm's commands wait for minutes."""
-
-
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
-
-
 RUNNING = frozenset(
     {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 )
-
-
 NOTHING_SUBMITTED = (
     "nothing was submitted, try again when it is back, or run on this machine: `diptych train`, `diptych sweep --local`"
 )
@@ -47,22 +41,22 @@ class JobState:
 
     @property
     def is_waiting(self) -> bool:
-        """In the queue, not on a node."""
+        """Whether it is in the queue and not on a node."""
         return self.state in WAITING
 
     @property
     def is_open(self) -> bool:
-        """In the queue or on nodes."""
+        """Whether it is in the queue or on nodes."""
         return self.state in WAITING or self.state in RUNNING
 
     @property
     def is_failed(self) -> bool:
-        """Over, and not to its end."""
+        """Whether it is over without having come to its end."""
         return not self.is_open and self.state != "COMPLETED"
 
 
 @dataclass(frozen=True)
-class Partition:
+class SlurmPartition:
     """A partition and its limits; None is unlimited."""
 
     name: str
@@ -140,10 +134,7 @@ def _accounted(job_ids: Collection[str]) -> dict[str, JobState]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- before submission
-
-
-def partitions() -> list[Partition]:
+def partitions() -> list[SlurmPartition]:
     """All partitions of the cluster."""
     found = []
     for line in ask(["scontrol", "--oneliner", "show", "partition"]).splitlines():
@@ -154,7 +145,7 @@ def partitions() -> list[Partition]:
         numbers = [int(limit) for limit in limits if limit.isdigit()]
         time = fields.get("MaxTime", "UNLIMITED")
         found.append(
-            Partition(
+            SlurmPartition(
                 name=fields["PartitionName"],
                 is_default=fields.get("Default") == "YES",
                 is_up=fields.get("State") == "UP",
@@ -163,53 +154,6 @@ def partitions() -> list[Partition]:
             )
         )
     return found
-
-
-def check_partition(name: str | None, nodes: int, time: str, where: str = "cluster") -> None:
-    """Refuse a partition that does not exist, or more than it allows; `where` is the config section that asks.
-
-    Raises:
-        UserError: naming what is asked for and what is allowed.
-    """
-    known = partitions()
-    names = ", ".join(partition.name for partition in known)
-    chosen = next((p for p in known if p.name == name or (name is None and p.is_default)), None)
-    if chosen is None:
-        asked = f"there is no partition {name!r}" if name else "this cluster has no default partition"
-        raise UserError(f"{asked}; set {where}.partition (--partition) to one of {names}")
-    if not chosen.is_up:
-        raise UserError(f"partition {chosen.name} takes no jobs at the moment; there are {names}")
-    if chosen.max_nodes is not None and nodes > chosen.max_nodes:
-        raise UserError(
-            f"{where}.nodes = {nodes}, but partition {chosen.name} gives a job at most {chosen.max_nodes} nodes; ask "
-            f"for fewer, or set {where}.partition to another of {names}"
-        )
-    if chosen.max_time_s is not None and time_seconds(time) > chosen.max_time_s:
-        raise UserError(
-            f"{where}.time = {time}, but partition {chosen.name} gives a job at most "
-            f"{chosen.max_time_s // 3600}:{chosen.max_time_s // 60 % 60:02d}:{chosen.max_time_s % 60:02d}; ask for "
-            f"less (the run saves before the limit and queues itself again), or set {where}.partition to another of "
-            f"{names}"
-        )
-
-
-def check_cluster(cluster: ClusterConfig) -> None:
-    """Refuse what this cluster cannot give, before anything is queued.
-
-    Raises:
-        UserError: no Slurm here, or see `check_partition`.
-    """
-    if not has_slurm():
-        raise UserError(
-            "there is no sbatch on this machine: submit from a login node of a Slurm cluster, or train here with "
-            "`diptych train` (--dry-run prints the script without Slurm)"
-        )
-    try:
-        check_partition(cluster.partition, cluster.nodes, cluster.time)
-        evaluation = cluster.evaluation
-        check_partition(evaluation.partition or cluster.partition, 1, evaluation.time, "cluster.evaluation")
-    except SlurmSilentError as error:
-        raise UserError(f"{error}; {NOTHING_SUBMITTED}") from error
 
 
 def check_script(script: str) -> None:
@@ -240,9 +184,6 @@ def _sbatch(options: Sequence[str], script: str) -> str:
         raise UserError(
             f"Slurm refuses the job: {'; '.join(reasons)}; change the cluster section or options"
         ) from error
-
-
-# ------------------------------------------------------------------------------------------------- live jobs
 
 
 def signal_job(job_id: str) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.preparation import find_manifest, profile_variables
-from launch.slurm.queries import cancel_job, check_cluster, check_script, submit_script
+from launch.slurm.queries import cancel_job, check_script, submit_script
+from launch.slurm.refusals import check_cluster, refuse_if_queued
 from launch.slurm.scripts import evaluation_script, train_script
 from launch.slurm.submission import (
     Submission,
     new_submission,
     node_counts,
-    refuse_if_queued,
 )
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
-from pretrain.config.topology import check_topology
+from pretrain.config.topology import check_cluster_ranks
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.files import write_text
@@ -49,7 +49,7 @@ def queue_run(
         UserError: it would fail, be refused by Slurm, or is at work already.
     """
     run = RunFolder.of(config)
-    check_topology(config, config.cluster.nodes * config.cluster.ranks_per_node, config.cluster.ranks_per_node)
+    check_cluster_ranks(config)
     if queue:
         check_cluster(config.cluster)
         refuse_if_queued(run)
@@ -122,7 +122,7 @@ def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str],
 
 def _say_what_is_queued(config: RunConfig, submission: Submission, console: Console) -> None:
     cluster = config.cluster
-    ranks = cluster.nodes * cluster.ranks_per_node
+    ranks = cluster.num_ranks
     fewer = f" (or {', '.join(map(str, node_counts(config)[1:]))})" if len(node_counts(config)) > 1 else ""
     say(
         console,

@@ -10,7 +10,7 @@
       members           of a sweep: the run folders, one a line
       job-123.out       what the jobs print
 
-Queues nothing; see submit.py.
+Queues nothing; see queueing.py.
 """
 
 import json
@@ -25,11 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.slurm.queries import (
-    JobState,
-    SlurmSilentError,
-    job_states,
-)
+from launch.slurm.queries import JobState
 from pretrain.config.load import config_folder
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import works_with
@@ -38,8 +34,6 @@ from pretrain.files import write_json, write_text
 from pretrain.run.folder import RunFolder
 
 RECORD = "submission.json"
-
-
 HOME = Path(__file__).parents[2]
 """The folder that holds `pretrain` and `launch`."""
 
@@ -54,7 +48,7 @@ class Submission:
     jobs: dict[str, str] = field(default_factory=dict)
     """Job ids by what they do: train, evaluate."""
     commit: str | None = None
-    """Of the code; with a + where it was changed since."""
+    """Commit of the code, with a + where it was changed since; None outside a git checkout."""
 
     def state_of(self, job: str, states: Mapping[str, JobState]) -> JobState | None:
         """The state of one of its jobs among all `states`; None where Slurm has forgotten it.
@@ -221,28 +215,3 @@ def _container(config: RunConfig) -> tuple[list[str], list[str]]:
         ]
     joined = ",".join(f"{path}:{path}" for path in mounts)
     return [f"--container-image={cluster.container}", f"--container-mounts={joined}"], [python]
-
-
-def refuse_if_queued(run: RunFolder) -> None:
-    """Refuse to start a run that Slurm has in its queue or on nodes.
-
-    Where Slurm does not answer nobody knows; then the run's lock and its attempts keep a second writer out.
-
-    Raises:
-        UserError: it has.
-    """
-    submission = newest_submission(run)
-    if submission is None or not submission.jobs:
-        return
-    try:
-        states = job_states(submission.jobs.values())
-    except SlurmSilentError:
-        return
-    for job, job_id in submission.jobs.items():
-        state = submission.state_of(job, states)
-        if state is not None and state.is_open:
-            doing = "queued" if state.is_waiting else "running"
-            raise UserError(
-                f"{run.name} is {doing} already, as job {job_id} ({job}, {state.state}); `diptych cancel "
-                f"{run.name}` ends it, after it has saved; or choose another name=..."
-            )

@@ -12,7 +12,7 @@ from rich.table import Column
 from launch.terminal.console import clock, compact, say
 
 STAGE_INTERVAL_S = 10.0
-"""Without a terminal, a stage that tells its speed prints a line so often."""
+"""Seconds between two lines of a stage that tells its speed, where there is no terminal."""
 
 
 class StageProgress:
@@ -30,7 +30,7 @@ class StageProgress:
         )
         self._tasks: dict[str, TaskID] = {}
         self._start: tuple[float, int, int] = (0.0, 0, 0)
-        """Of the stage at hand: when it began, and with how many bytes and documents."""
+        """Beginning of the stage at hand: when, and with how many bytes and documents."""
         self._said_at = 0.0
 
     def __enter__(self) -> Self:

@@ -104,6 +104,11 @@ class ClusterConfig(Section):
         """Tasks of each node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
+    @property
+    def num_ranks(self) -> int:
+        """Tasks of all nodes."""
+        return self.nodes * self.ranks_per_node
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "ClusterConfig":
         if self.min_nodes is not None and self.min_nodes > self.nodes:

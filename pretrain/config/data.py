@@ -34,8 +34,8 @@ class SourceConfig(Section):
     """JSON and parquet only: fields that are kept with each document, as `metadata` in its .json in the shard. A record
     of JSON may lack some of them."""
     split: Literal["train", "valid", "test"] | None = None
-    """Where all documents of this source go, instead of being split by hash. Nothing else goes into a `valid` or `test`
-    that has such sources, and what is in there is taken out of every other split."""
+    """Split that all documents of this source go to, instead of being split by hash. Nothing else goes into a `valid`
+    or `test` that has such sources, and what is in there is taken out of every other split."""
 
 
 class TokenizerConfig(Section):
@@ -131,7 +131,7 @@ class DataConfig(Section):
     cache_bytes: Count = 100 * 2**30
     """Room for shards that were fetched, on each node; those opened longest ago go first."""
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """Without a byte for so long, an attempt to fetch has failed."""
+    """Seconds without a byte after which an attempt to fetch has failed."""
     fetch_attempts: Count = 8
     """Attempts to fetch a file, with growing pauses, before the run stops."""
     workers: Annotated[int, Field(ge=0)] = 1
@@ -139,16 +139,16 @@ class DataConfig(Section):
     mask_rate: Fixed[Annotated[float, Field(gt=0, lt=1)]] = 0.2
     """Share of the tokens (special symbols excluded) that are to be predicted."""
     final_mask_rate: Fixed[Annotated[float, Field(gt=0, lt=1)] | None] = None
-    """If given, the rate goes linearly from `mask_rate` to this while `training.tokens` positions are dealt; padding
-    counts here, since no rank knows what is in the rows of the others."""
+    """Rate at the end: if given, the rate goes linearly from `mask_rate` to this while `training.tokens` positions are
+    dealt; padding counts here, since no rank knows what is in the rows of the others."""
     mask_unit: Fixed[Literal["token", "span", "whole_word"]] = "token"
     """What is masked as one: tokens, runs of tokens, or all pieces of a word. The share of tokens is the same."""
     mean_span_length: Fixed[Annotated[float, Field(gt=1)]] = 3.0
     """Tokens in a run, on average, for `mask_unit: span`; at least 1 / (1 - mask rate)."""
     mask_token_share: Fixed[Share] = 0.8
-    """Of those, the share replaced by [MASK]."""
+    """Share of the tokens to be predicted that [MASK] replaces."""
     random_token_share: Fixed[Share] = 0.1
-    """Of those, the share replaced by a random piece; the rest stay as they are."""
+    """Share of them that a random piece replaces; the rest stay as they are."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> "DataConfig":

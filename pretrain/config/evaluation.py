@@ -16,7 +16,7 @@ class EvaluationConfig(Section):
     windows: Count = 128
     """Target windows to score; each is scored at every length."""
     reading_windows: Count = 16
-    """Of them, those on which ways to read long rows (position interpolation, YaRN, ...) are compared."""
+    """Windows, of those, on which ways to read long rows (position interpolation, YaRN, ...) are compared."""
     task_samples: Count = 1
     """Rows for each distance, depth and side of the synthetic tasks."""
     attention_windows: Count = 2

@@ -16,9 +16,9 @@ class LayerConfig(Section):
     """`global`, or a window of W positions for each triangle, itself included: i-W < j <= i and i <= j < i+W
     (|i-j| < W under bidirectional attention). A window costs O(L W) instead of O(L^2)."""
     positions: Literal["rotary", "none"] | None = None
-    """By default `model.positions`."""
+    """Positions of the layer; by default `model.positions`."""
     rotary_theta: Theta | None = None
-    """By default `model.rotary_theta`."""
+    """Base of the rotary frequencies; by default `model.rotary_theta`."""
 
     @property
     def window(self) -> int | None:
@@ -105,7 +105,7 @@ class ModelConfig(Section):
 
     @property
     def width_ratio(self) -> float:
-        """Under `mup`, how many times wider than its base the model is; else 1."""
+        """Width as a multiple of `base_width` under `mup`; else 1."""
         return self.hidden_size / self.base_width if self.parametrization == "mup" else 1.0
 
     @property

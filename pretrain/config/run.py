@@ -36,18 +36,18 @@ class PhaseConfig(Section):
     rotary_theta: Fixed[Annotated[float, Field(gt=1)] | None] = None
     """Base of the rotary frequencies."""
     source_weights: Fixed[dict[str, Annotated[float, Field(ge=0)]] | None] = None
-    """As `data.source_weights`, for shards that are begun in the phase."""
+    """Weights like `data.source_weights`, for shards that are begun in the phase."""
 
 
 GroupName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
-"""Of settings on an axis of a sweep; a bare number in YAML is a name too."""
+"""Name of a group of settings on an axis of a sweep; a bare number in YAML is a name too."""
 
 
 class RunConfig(Section):
     """A complete run: corpus, model, training, evaluation."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    """Names the run folder; by default the name of the config file."""
+    """Name of the run folder; by default that of the config file."""
     runs: AbsolutePath = Path("runs")
     """Folder of run folders."""
     seed: Fixed[Annotated[int, Field(ge=0, lt=2**32)]] = 0
@@ -89,7 +89,7 @@ class RunConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Where everything that this run writes lies."""
+        """Folder of everything that this run writes."""
         return self.runs / self.name
 
     @model_validator(mode="after")

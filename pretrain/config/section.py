@@ -7,14 +7,14 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
 """A relative path is taken from the working directory of the command, once; the saved config holds it absolute."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 OnOff = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
-"""For words among which are on and off: YAML 1.1 reads these two, bare, as booleans."""
+"""Reader of words among which are on and off: YAML 1.1 takes these two, bare, for booleans."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class ChangeOnResume:
     allowed: bool
 
 
-Fixed = Annotated[T, ChangeOnResume(allowed=False)]
+Fixed = Annotated[_T, ChangeOnResume(allowed=False)]
 """A setting, or a section of them, that makes a run what it is: with another value it is another run."""
-Free = Annotated[T, ChangeOnResume(allowed=True)]
+Free = Annotated[_T, ChangeOnResume(allowed=True)]
 """A setting inside a `Fixed` section that may change all the same."""
 
 

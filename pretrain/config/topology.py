@@ -15,6 +15,11 @@ def works_with(config: RunConfig, world_size: int) -> bool:
     return world_size == readers * config.parallel.sequence and all(number % readers == 0 for number in numbers)
 
 
+def check_cluster_ranks(config: RunConfig) -> None:
+    """Refuse a number of ranks that the section `cluster` asks for; see `check_topology`."""
+    check_topology(config, config.cluster.num_ranks, config.cluster.ranks_per_node)
+
+
 def check_topology(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> None:
     """Refuse a number of ranks that the batch or the streams cannot be divided by, or `hybrid` without several nodes.
 

@@ -35,7 +35,7 @@ class OptimizerConfig(Section):
     clip_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     muon: MuonConfig = MuonConfig()
-    """Of `kind: muon` only."""
+    """Settings of `kind: muon` only."""
 
     @model_validator(mode="after")
     def _muon_is_used(self) -> "OptimizerConfig":
@@ -76,18 +76,18 @@ class TrainingConfig(Section):
     """What is spread over the ranks: ZeRO stage 0, 1, 2 or 3. `hybrid` is `full`, and the ranks of each node together
     keep the weights once more, so that backward passes gather them inside the node (Wang et al., arXiv 2306.10209)."""
     reduce_dtype: Literal["auto", "fp32"] = "auto"
-    """In what gradients are summed over ranks: `auto` is what they are computed in; `fp32` rounds no sum, and in bf16
-    runs sends twice as much."""
+    """Type in which gradients are summed over ranks: `auto` is what they are computed in; `fp32` rounds no sum, and
+    sends twice as much in bf16 runs."""
     overlap_communication: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
     """Sum gradients over ranks while the backward pass still runs, in two buckets by turns: `auto` is on under `full`
     and `hybrid`. Without sharding they are always summed after it."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the fp32 master weights and the moments are: `cpu` is the host's memory, where AdamW then moves them. For
+    """Place of the fp32 master weights and the moments: `cpu` is the host's memory, where AdamW then moves them. For
     GPUs whose memory they do not fit into; each step waits for the transfer. `nvme` is as `cpu`, with the moments, and
     under `full` the master weights, in files of `offload_folder`: for hosts with too little memory as well. Checkpoints
     are then saved from there, and never in the background."""
     offload_folder: str | None = None
-    """For `offload: nvme`: a folder on a fast disk that each node has for itself. It may name variables of the node's
+    """Folder for `offload: nvme`, on a fast disk that each node has for itself. It may name variables of the node's
     environment: `$TMPDIR`."""
     activation_checkpointing: Literal["none", "full"] | Count = "none"
     """Compute blocks again in the backward pass instead of keeping what is inside them: `none`, `full` (all blocks) or
@@ -125,14 +125,14 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved, and what is kept."""
+    """Times at which the run is saved, and what is kept."""
 
     every: Count = 100
     """Steps between two checkpoints; there is always one at the end and on a signal."""
     keep_last: Count = 2
     """Keep this many of the newest."""
     keep_every: Annotated[int, Field(ge=0)] = 0
-    """Besides, keep every checkpoint whose step is a multiple of this; 0 keeps none."""
+    """Keep also every checkpoint whose step is a multiple of this; 0 keeps none."""
     background: bool = Field(default=True, alias="async")
     """Hold the training up only to copy weights and moments to host memory (12 bytes a parameter, 8 of those that Muon
     moves, over all ranks); write them meanwhile. The last save of a run waits until it is on the disk."""
@@ -141,10 +141,10 @@ class CheckpointConfig(Section):
 
 
 class SupervisionConfig(Section):
-    """When a run that makes no progress is ended, so that it can be resumed (exit code 75)."""
+    """Limits after which a run that makes no progress is ended, so that it can be resumed (exit code 75)."""
 
     silence_s: Annotated[float, Field(gt=0)] = 600.0
-    """No step and no batch of a validation is completed on a rank for so many seconds."""
+    """Seconds in which a rank completes no step and no batch of a validation."""
     long_silence_s: Annotated[float, Field(gt=0)] = 1800.0
     """The same while a rank starts, compiles, or loads or saves a checkpoint."""
 

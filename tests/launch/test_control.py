@@ -115,7 +115,7 @@ def test_following_ends_with_the_run(run, monkeypatch):
 )
 def test_following_goes_on_while_a_job_will_and_no_longer(run, monkeypatch, why, is_over):
     monkeypatch.setattr("launch.logs.QUIET_S", 0.0)
-    monkeypatch.setattr("launch.logs.POLL_S", 0.0)
+    monkeypatch.setattr("launch.logs.FOLLOW_POLL_S", 0.0)
     naps = []
 
     def nap(_: float) -> None:

@@ -7,7 +7,7 @@ from time import process_time
 import pytest
 from rich.console import Console
 
-from launch.show.memory_plan import GPUS, brief_plan, hardware, make_plan, show_plan
+from launch.show.memory_plan import GPUS, brief_plan, hardware, plan_for, show_plan
 from pretrain.errors import UserError
 from pretrain.training.cost.flops import peak_flops
 
@@ -18,7 +18,7 @@ def show(tmp_path, monkeypatch):
 
     def run(name: str, *overrides: str, gpu: str = "h100", number: int = 1, mfu: float | None = None) -> str:
         to = Console(file=io.StringIO(), width=80, color_system=None)
-        show_plan(make_plan(name, overrides, hardware(gpu, 1, number, None)), mfu, to)
+        show_plan(plan_for(name, overrides, hardware(gpu, 1, number, None)), mfu, to)
         assert isinstance(to.file, io.StringIO)
         return to.file.getvalue()
 
@@ -68,7 +68,7 @@ def test_wrong_devices_are_answered():
     with pytest.raises(UserError, match="--gpu b300: neither one of h200, h100, a100, cpu, nor the memory"):
         hardware("b300", 1, 1, None)
     with pytest.raises(UserError, match="3 ranks cannot share data.streams = 64"):
-        make_plan("model/1m", [], hardware("h100", 1, 3, None))
+        plan_for("model/1m", [], hardware("h100", 1, 3, None))
 
 
 def test_peaks_are_those_that_training_reckons_with():
@@ -76,7 +76,7 @@ def test_peaks_are_those_that_training_reckons_with():
 
 
 def test_the_brief_plan_depends_on_no_machine():
-    lines = brief_plan(make_plan("model/1b", BIG, hardware("h100", 1, 8, None)))
+    lines = brief_plan(plan_for("model/1b", BIG, hardware("h100", 1, 8, None)))
     assert lines[0] == "1b: 1.08 B parameters with 32,768 pieces, on 8 x H100, bf16, rows of 1,024"
     assert lines[2].startswith("sharding optimizer, no block computed again, 32 rows at once: ")
 
