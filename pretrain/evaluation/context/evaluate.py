@@ -14,7 +14,7 @@ from pretrain import __version__
 from pretrain.checkpoint.folder import load_state
 from pretrain.checkpoint.verify import find_checkpoint
 from pretrain.config.run import RunConfig
-from pretrain.evaluation.context.plan import Part, Plan
+from pretrain.evaluation.context.plan import Part, Plan, Progress
 from pretrain.evaluation.context.planning import Request, make_plan
 from pretrain.evaluation.context.recalibrate import plan_of, recalibration_result
 from pretrain.evaluation.context.results import Evaluation, effective_multiple, held_multiple, used_multiple
@@ -23,10 +23,6 @@ from pretrain.evaluation.context.statistics import entropy_of_counts
 from pretrain.evaluation.context.work import missing_parts, part_path, run_parts
 from pretrain.evaluation.report.schema import ContextReport, LengthResult, Provenance
 from pretrain.run.folder import RunFolder
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
-
 
 RunOnRanks = Callable[[Plan, Path, int], None]
 """Have the missing parts of a plan computed by so many ranks; raises if that failed."""

@@ -5,7 +5,7 @@ interrupted goes on with the same plan, and ranks need not talk to each other.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,10 @@ from pretrain.evaluation.context.tasks import num_rows
 from pretrain.evaluation.context.windows import window_length
 from pretrain.evaluation.report.titles import Intervention
 from pretrain.run.folder import RunFolder
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
 
 Kind = Literal["scores", "task", "attention", "pseudo"]
 

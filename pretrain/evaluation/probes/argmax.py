@@ -12,23 +12,19 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
 from pretrain.config.model import ModelConfig
-from pretrain.evaluation.probes.grid import (
-    COLOURS,
-    Attention,
-    Report,
-    curve_steps,
-    learning_rate_share,
-    one_thread,
-    train_grid,
-    write_results,
-)
-from pretrain.evaluation.probes.grid import markdown_table as as_markdown
+from pretrain.evaluation.context.plan import Progress
+from pretrain.evaluation.probes.grid import by_kind, train_grid, write_results
+from pretrain.evaluation.probes.training import ProbeSettings, reproducible, train_probe
+from pretrain.evaluation.report.charts import Line, LineChart
+from pretrain.evaluation.report.markdown import markdown_table
+from pretrain.evaluation.report.pictures import chart_figure
+from pretrain.evaluation.report.section import Table
 from pretrain.model.encoder import Encoder
+from pretrain.model.kernels import Kind
 from pretrain.model.layout import AttentionLayout
 
 Positions = Literal["rotary", "learned", "none"]
@@ -45,16 +41,13 @@ VALUES = 64
 CHANCE = 1 / LENGTH
 
 
-_BEGIN, _QUERY = VALUES, VALUES + 1
+_BEGIN, _END = VALUES, VALUES + 1
 """Symbols before and after the values; the answer is read at the latter."""
 
 
-COLUMNS = ("attention", "positions", "accuracy", "lowest to highest", "times chance", "seeds")
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """How each cell of the grid is trained; the defaults suit two cores."""
+@dataclass(frozen=True, kw_only=True)
+class ArgmaxSettings(ProbeSettings):
+    """How each cell of the grid is trained and measured; the defaults take about half a minute of one core."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -63,11 +56,7 @@ class ProbeSettings:
     """One to know the positions, one to read that of the largest."""
     num_heads: int = 4
     learning_rate: float = 1e-2
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    """Share of the steps during which the learning rate rises."""
     decay: float = 0.4
-    """Share of the steps, at the end, during which it falls to zero."""
     held_out: int = 2048
     """Sequences that the final accuracy is measured on."""
     held_out_seed: int = 2**31
@@ -75,25 +64,30 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ArgmaxCell:
     """One training: a kind of encoder and a seed."""
 
-    attention: Attention
+    attention: Kind
     positions: Positions
     seed: int
 
     @property
+    def kind(self) -> tuple[Kind, Positions]:
+        """What does not depend on the seed."""
+        return self.attention, self.positions
+
+    @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f"{self.attention}-{self.positions}-{self.seed}"
 
 
 @dataclass(frozen=True)
-class CellResult:
+class ArgmaxResult:
     """What became of a cell."""
 
-    cell: Cell
-    settings: ProbeSettings
+    cell: ArgmaxCell
+    settings: ArgmaxSettings
     accuracy: float
     """Share of the held-out sequences answered rightly at the end."""
     loss: float
@@ -104,10 +98,10 @@ class CellResult:
 
 
 @dataclass(frozen=True)
-class KindResult:
-    """A kind of encoder, over its seeds."""
+class KindAccuracy:
+    """Held-out accuracy of a kind of encoder, over its seeds."""
 
-    attention: Attention
+    attention: Kind
     positions: Positions
     mean: float
     lowest: float
@@ -145,7 +139,7 @@ class PositionProbe(nn.Module):
 
     def forward(self, values: Tensor, layout: AttentionLayout) -> Tensor:
         """int64 [B, LENGTH] -> scores of the indices [B, LENGTH]; `layout` is that of `probe_layout(B)`."""
-        begin, query = (torch.full((len(values), 1), symbol) for symbol in (_BEGIN, _QUERY))
+        begin, query = (torch.full((len(values), 1), symbol) for symbol in (_BEGIN, _END))
         hidden = self.encoder(torch.cat((begin, values, query), dim=1), layout)
         return self.read_out(hidden[:, -1])
 
@@ -157,16 +151,8 @@ def probe_layout(rows: int) -> AttentionLayout:
     return AttentionLayout.from_batch(Batch(documents, documents, documents, positions))
 
 
-def train_cell(cell: Cell, settings: ProbeSettings) -> CellResult:
-    """Train one encoder and measure it, on one thread: so small, it gains nothing by a second.
-
-    Equal on equal machines, since everything random comes from the seed.
-    """
-    with one_thread():
-        return _train_cell(cell, settings)
-
-
-def _train_cell(cell: Cell, settings: ProbeSettings) -> CellResult:
+def train_argmax(cell: ArgmaxCell, settings: ArgmaxSettings) -> ArgmaxResult:
+    """Train one encoder and measure it. Equal on equal machines, since everything random comes from the seed."""
     started = time.monotonic()
     model = ModelConfig(
         hidden_size=settings.hidden_size,
@@ -175,40 +161,23 @@ def _train_cell(cell: Cell, settings: ProbeSettings) -> CellResult:
         attention=cell.attention,
         positions=cell.positions,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cell.seed)
+    with reproducible(cell.seed):
         probe = PositionProbe(model)
-    optimizer = torch.optim.AdamW(
-        probe.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
+        generator, layout = torch.Generator().manual_seed(cell.seed), probe_layout(settings.batch_size)
 
-    def share(step: int) -> float:
-        return learning_rate_share(step, settings.steps, settings.warmup, settings.decay)
+        def forward(_: int) -> tuple[Tensor, Tensor]:
+            values, answer = draw_sequences(settings.batch_size, generator)
+            scores = probe(values, layout)
+            return F.cross_entropy(scores, answer), scores.argmax(dim=1) == answer
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    generator, layout = torch.Generator().manual_seed(cell.seed), probe_layout(settings.batch_size)
-    points = curve_steps(settings.steps)
-    curve: list[tuple[int, float]] = []
-    right: list[Tensor] = []
-    for step in range(1, settings.steps + 1):
-        values, answer = draw_sequences(settings.batch_size, generator)
-        scores = probe(values, layout)
-        optimizer.zero_grad()
-        F.cross_entropy(scores, answer).backward()
-        nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        right.append(scores.argmax(dim=1) == answer)
-        if step in points:
-            curve.append((step, float(torch.cat(right).double().mean())))
-            right.clear()
-    accuracy, loss = _measure(probe, cell.seed, settings)
-    return CellResult(cell, settings, accuracy, loss, curve, round(time.monotonic() - started, 1))
+        curve = train_probe(probe, settings, forward)
+        accuracy, loss = _measure(probe, cell.seed, settings)
+    return ArgmaxResult(cell, settings, accuracy, loss, curve, round(time.monotonic() - started, 1))
 
 
 @torch.inference_mode()
-def _measure(probe: PositionProbe, seed: int, settings: ProbeSettings) -> tuple[float, float]:
-    """Accuracy and loss on held-out sequences."""
+def _measure(probe: PositionProbe, seed: int, settings: ArgmaxSettings) -> tuple[float, float]:
+    """Return accuracy and loss on held-out sequences."""
     values, answer = draw_sequences(settings.held_out, torch.Generator().manual_seed(seed + settings.held_out_seed))
     scores = torch.cat([probe(part, probe_layout(len(part))) for part in values.split(256)])
     return float((scores.argmax(dim=1) == answer).double().mean()), float(F.cross_entropy(scores, answer))
@@ -219,14 +188,14 @@ def _measure(probe: PositionProbe, seed: int, settings: ProbeSettings) -> tuple[
 
 def run_argmax(
     folder: Path,
-    attentions: Sequence[Attention],
+    attentions: Sequence[Kind],
     positions: Sequence[Positions],
     seeds: Sequence[int],
-    settings: ProbeSettings,
+    settings: ArgmaxSettings,
     *,
     processes: int = 1,
-    report: Report = lambda *_: None,
-) -> list[KindResult]:
+    report: Progress = lambda *_: None,
+) -> list[KindAccuracy]:
     """Train the grid and write results.json, table.md and accuracy.png.
 
     Every finished cell is a file in `folder`/cells, and is not trained again.
@@ -243,28 +212,34 @@ def run_argmax(
     Raises:
         UserError: the folder holds cells of other settings.
     """
-    grid = [Cell(a, p, seed) for a in attentions for p in positions for seed in seeds]
-    results = train_grid(folder, grid, settings, train_cell, _restore, processes=processes, report=report)
-    kinds = summarize(results)
-    write_results(folder, _document(results, kinds, settings), markdown_table(kinds), _plot(results))
+    grid = [ArgmaxCell(a, p, seed) for a in attentions for p in positions for seed in seeds]
+    results = train_grid(folder, grid, settings, train_argmax, _restore, processes=processes, report=report)
+    kinds = kind_accuracies(results)
+    document = {
+        "probe": "argmax",
+        "chance": CHANCE,
+        "settings": asdict(settings),
+        "kinds": [asdict(kind) for kind in kinds],
+        "cells": [asdict(result) for result in results],
+    }
+    figure = chart_figure(_chart(results), "Where is the largest of 64 values?", (7.2, 4.2))
+    write_results(folder, document, markdown_table(accuracy_table(kinds)), figure)
     return kinds
 
 
-def _restore(content: dict[str, Any], cell: Cell, settings: ProbeSettings) -> CellResult:
+def _restore(content: dict[str, Any], cell: ArgmaxCell, settings: ArgmaxSettings) -> ArgmaxResult:
     curve = [(step, accuracy) for step, accuracy in content["curve"]]
-    return CellResult(**{**content, "cell": cell, "settings": settings, "curve": curve})
+    return ArgmaxResult(**{**content, "cell": cell, "settings": settings, "curve": curve})
 
 
-def summarize(results: Sequence[CellResult]) -> list[KindResult]:
-    """Mean and range of the held-out accuracy of each kind, in the order in which the kinds appear."""
-    by_kind: dict[tuple[Attention, Positions], list[float]] = {}
-    for result in results:
-        by_kind.setdefault((result.cell.attention, result.cell.positions), []).append(result.accuracy)
-    return [KindResult(*kind, sum(a) / len(a), min(a), max(a), len(a)) for kind, a in by_kind.items()]
+def kind_accuracies(results: Sequence[ArgmaxResult]) -> list[KindAccuracy]:
+    """Return mean and range of the held-out accuracy of each kind, in the order in which the kinds appear."""
+    by_seed = {kind: [result.accuracy for result in of_kind] for kind, of_kind in by_kind(results).items()}
+    return [KindAccuracy(*kind, sum(a) / len(a), min(a), max(a), len(a)) for kind, a in by_seed.items()]
 
 
-def table_rows(kinds: Sequence[KindResult]) -> list[tuple[str, ...]]:
-    """One row of text per kind under COLUMNS, and the line of chance."""
+def accuracy_table(kinds: Sequence[KindAccuracy]) -> Table:
+    """Return a row for each kind, and one for chance."""
     rows = [
         (
             kind.attention.replace("_", "-"),
@@ -276,45 +251,21 @@ def table_rows(kinds: Sequence[KindResult]) -> list[tuple[str, ...]]:
         )
         for kind in kinds
     ]
-    return [*rows, ("chance", "", f"{CHANCE:.1%}", "", "1.0", "")]
+    header = ("attention", "positions", "accuracy", "lowest to highest", "times chance", "seeds")
+    return Table(header, [*rows, ("chance", "", f"{CHANCE:.1%}", "", "1.0", "")])
 
 
-def markdown_table(kinds: Sequence[KindResult]) -> str:
-    """The table for a document."""
-    return as_markdown(COLUMNS, table_rows(kinds))
-
-
-def _document(results: Sequence[CellResult], kinds: Sequence[KindResult], settings: ProbeSettings) -> dict[str, Any]:
-    return {
-        "probe": "argmax",
-        "chance": CHANCE,
-        "settings": asdict(settings),
-        "kinds": [asdict(kind) for kind in kinds],
-        "cells": [asdict(result) for result in results],
-    }
-
-
-_LINES = {"none": "-", "rotary": "--", "learned": ":"}
-
-
-def _plot(results: Sequence[CellResult]) -> Figure:
-    """Accuracy over steps: a line per kind, the mean of its seeds, in a band from the lowest to the highest."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for kind in summarize(results):
-        curves = [r.curve for r in results if (r.cell.attention, r.cell.positions) == (kind.attention, kind.positions)]
-        steps = [step for step, _ in curves[0]]
-        by_step = list(zip(*([accuracy for _, accuracy in curve] for curve in curves), strict=True))
-        colour, name = COLOURS[kind.attention], kind.attention.replace("_", "-")
-        axes.fill_between(steps, [min(a) for a in by_step], [max(a) for a in by_step], color=colour, alpha=0.12)
-        axes.plot(
-            steps,
-            [sum(a) / len(a) for a in by_step],
-            color=colour,
-            linestyle=_LINES[kind.positions],
-            label=f"{name}, positions: {kind.positions}",
-        )
-    axes.axhline(CHANCE, color="black", linewidth=0.8, linestyle=":", label="chance, 1/64")
-    axes.set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title="Where is the largest of 64 values?")
-    axes.legend(fontsize=8)
-    return figure
+def _chart(results: Sequence[ArgmaxResult]) -> LineChart:
+    """Return accuracy over steps: the mean of each kind's seeds, in a band from the lowest to the highest."""
+    lines = []
+    for (attention, positions), of_kind in by_kind(results).items():
+        points, band = [], []
+        for at_step in zip(*(result.curve for result in of_kind), strict=True):
+            seeds = [accuracy for _, accuracy in at_step]
+            points.append((at_step[0][0], sum(seeds) / len(seeds)))
+            band.append((min(seeds), max(seeds)))
+        name = f"{attention.replace('_', '-')}, positions: {positions}"
+        lines.append(Line(name, points, band, dashed=positions != "none", plain=True))
+    steps = results[0].settings.steps
+    lines.append(Line("chance, 1/64", [(0, CHANCE), (steps, CHANCE)], muted=True))
+    return LineChart(lines, "step", "accuracy", x_ticks=[steps * k / 4 for k in range(5)], zero=True)

@@ -1,4 +1,4 @@
-"""The grid of a synthetic probe: small encoders trained from scratch, one cell each, and the files that keep them.
+"""The grid of a probe: small encoders trained from scratch, one cell each, and the files that keep them.
 
 What a probe asks and how a cell is trained is the probe's own: argmax.py, passkey.py.
 """
@@ -7,46 +7,38 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from matplotlib.figure import Figure
 
 from pretrain.errors import UserError
+from pretrain.evaluation.context.plan import Progress
 from pretrain.files import write_json, write_text
 
-Attention = Literal["dual_triangle", "bidirectional", "causal"]
+PROBE_TABLE = "table.md"
 
 
-Report = Callable[[str, int, int], None]
-"""Called with (what, done, total), in cells."""
-
-
-RESULTS, TABLE, PLOT = "results.json", "table.md", "accuracy.png"
-
-
-COLOURS: dict[Attention, str] = {"dual_triangle": "#7c3aed", "bidirectional": "#6b7280", "causal": "#d97706"}
-
-
-_CURVE_POINTS = 20
-
-
-class Cell(Protocol):
+class ProbeCell(Protocol):
     """One training: a kind of encoder and a seed; a frozen dataclass."""
 
     @property
+    def kind(self) -> tuple[Any, Any]:
+        """Attention, and what else makes the kind; equal for cells that differ in their seed alone."""
+        ...
+
+    @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         ...
 
     def __hash__(self) -> int: ...
 
 
-class CellResult(Protocol):
+class ProbeResult(Protocol):
     """What became of a cell; a frozen dataclass, with its settings."""
 
     @property
@@ -55,22 +47,22 @@ class CellResult(Protocol):
         ...
 
 
-C = TypeVar("C", bound=Cell)
+CellT = TypeVar("CellT", bound=ProbeCell)
 
 
-R = TypeVar("R", bound=CellResult)
+ResultT = TypeVar("ResultT", bound=ProbeResult)
 
 
 def train_grid(
     folder: Path,
-    grid: Sequence[C],
+    grid: Sequence[CellT],
     settings: Any,
-    train: Callable[[C, Any], R],
-    restore: Callable[[dict[str, Any], C, Any], R],
+    train: Callable[[CellT, Any], ResultT],
+    restore: Callable[[dict[str, Any], CellT, Any], ResultT],
     *,
     processes: int = 1,
-    report: Report = lambda *_: None,
-) -> list[R]:
+    report: Progress = lambda *_: None,
+) -> list[ResultT]:
     """Train the cells that are not yet trained. Every finished one is a file in `folder`/cells.
 
     Args:
@@ -88,7 +80,7 @@ def train_grid(
     Raises:
         UserError: the folder holds cells of other settings.
     """
-    done: dict[C, R] = {}
+    done: dict[CellT, ResultT] = {}
     for cell in grid:
         if (content := _load_cell(folder, cell, settings)) is not None:
             done[cell] = restore(content, cell, settings)
@@ -101,12 +93,12 @@ def train_grid(
     return [done[cell] for cell in grid]
 
 
-def _train_one(train: Callable[[C, Any], R], settings: Any, cell: C) -> R:
+def _train_one(train: Callable[[CellT, Any], ResultT], settings: Any, cell: CellT) -> ResultT:
     return train(cell, settings)
 
 
-def _in_processes(train: Callable[[C], R], cells: Sequence[C], processes: int) -> Iterator[R]:
-    """Results as they come."""
+def _in_processes(train: Callable[[CellT], ResultT], cells: Sequence[CellT], processes: int) -> Iterator[ResultT]:
+    """Yield results as they come."""
     if processes == 1 or len(cells) < 2:
         yield from map(train, cells)
         return
@@ -119,20 +111,20 @@ def _leave_interrupts_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _cell_path(folder: Path, cell: Cell) -> Path:
+def _cell_path(folder: Path, cell: ProbeCell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
 
 
-def _load_cell(folder: Path, cell: Cell, settings: Any) -> dict[str, Any] | None:
-    """What the file of a cell holds, if there is one."""
+def _load_cell(folder: Path, cell: ProbeCell, settings: Any) -> dict[str, Any] | None:
+    """Return what the file of a cell holds, if there is one."""
     path = _cell_path(folder, cell)
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(asdict(settings)))
-    if content["settings"] != wanted:
-        saved = content["settings"]
-        other = {key: saved.get(key) for key in saved | wanted if saved.get(key) != wanted.get(key)}
+    saved = content["settings"]
+    other = {key: saved.get(key) for key in saved | wanted if saved.get(key) != wanted.get(key)}
+    if other:
         raise UserError(
             f"{path} was trained with other settings ({', '.join(f'{k}={v}' for k, v in other.items())}); choose "
             "another folder with --out, or remove this one"
@@ -140,48 +132,16 @@ def _load_cell(folder: Path, cell: Cell, settings: Any) -> dict[str, Any] | None
     return content
 
 
-def write_results(folder: Path, document: Mapping[str, Any], table: str, figure: Figure) -> None:
+def by_kind(results: Sequence[ResultT]) -> dict[tuple[Any, Any], list[ResultT]]:
+    """Return the results of each kind of encoder, one for each seed, in the order in which the kinds appear."""
+    kinds: dict[tuple[Any, Any], list[ResultT]] = {}
+    for result in results:
+        kinds.setdefault(result.cell.kind, []).append(result)
+    return kinds
+
+
+def write_results(folder: Path, document: Mapping[str, Any], tables: str, figure: Figure) -> None:
     """Write results.json, table.md and accuracy.png."""
-    write_json(folder / RESULTS, {"format": 1, "torch": torch.__version__, **document})
-    write_text(folder / TABLE, table)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / PLOT, dpi=110)
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table for a document."""
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-# -------------------------------------------------------------------------------------------------- of a training
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So small an encoder gains nothing by a second thread, and its sums come in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def learning_rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Share of the learning rate at a step, from 0: it rises, stays and falls linearly to zero.
-
-    Args:
-        step: which.
-        steps: all there are.
-        warmup: share of them during which it rises.
-        decay: share of them, at the end, during which it falls.
-    """
-    rising = (step + 1) / max(warmup * steps, 1)
-    falling = (steps - step) / max(decay * steps, 1)
-    return min(1.0, rising, falling)
-
-
-def curve_steps(steps: int) -> frozenset[int]:
-    """The steps, from 1, at which a point of the training's curve is drawn."""
-    return frozenset(round(steps * k / _CURVE_POINTS) for k in range(1, _CURVE_POINTS + 1)) - {0}
+    write_json(folder / "results.json", {"format": 1, "torch": torch.__version__, **document})
+    write_text(folder / PROBE_TABLE, f"{tables}\n")
+    figure.savefig(folder / "accuracy.png", dpi=110)

@@ -13,23 +13,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
 from pretrain.evaluation.context.interventions import reading_with
 from pretrain.evaluation.context.tasks import KEY, SPAN, TaskRows, Vocabulary, draw_rows
-from pretrain.evaluation.probes.grid import Attention, curve_steps, learning_rate_share, one_thread
+from pretrain.evaluation.probes.training import ProbeSettings, reproducible, train_probe
 from pretrain.evaluation.report.titles import Intervention
 from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model.kernels import Kind
 from pretrain.model.layout import AttentionLayout
 
 Pattern = Literal["local_global", "rotary", "none"]
 """A local rotary layer and a global one without positions; rotary positions in every layer; no positions at all."""
 
 
-READINGS: tuple[Intervention, ...] = ("plain", "log_length")
+COMPARED: tuple[Intervention, ...] = ("plain", "log_length")
 
 
 _SPECIAL = len(SPECIAL_PIECES)
@@ -43,8 +44,8 @@ _ROWS_AT_ONCE = 32_768
 """Tokens that are measured in one forward pass."""
 
 
-@dataclass(frozen=True)
-class PasskeySettings:
+@dataclass(frozen=True, kw_only=True)
+class PasskeySettings(ProbeSettings):
     """How each cell of the grid is trained and measured; the defaults take about two minutes of one core."""
 
     steps: int = 1800
@@ -53,22 +54,18 @@ class PasskeySettings:
     curriculum: float = 0.5
     """Share of the steps, at the beginning, during which the longer rows come in, one length after another."""
     tokens: int = 2048
-    """In a batch, whose rows are of one length."""
+    """Tokens of a batch, whose rows are of one length."""
     pieces: int = 64
-    """That rows are made of; 10 of them make up keys."""
+    """Pieces that rows are made of; 10 of them make up keys."""
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 2
     span: int = 16
-    """Of a local layer, in positions of either triangle, itself included."""
+    """Span of a local layer, in positions of either triangle, itself included."""
     local_theta: float = 30.0
     """Base of the rotary frequencies of a local layer: its slowest pair turns about once in its reach."""
     learning_rate: float = 5e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    """Share of the steps during which the learning rate rises."""
     decay: float = 0.3
-    """Share of the steps, at the end, during which it falls to zero."""
     factors: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Lengths to measure at, in training lengths."""
     samples: int = 2
@@ -86,28 +83,33 @@ class PasskeySettings:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PasskeyCell:
     """One training: a kind of encoder and a seed."""
 
-    attention: Attention
+    attention: Kind
     pattern: Pattern
     seed: int
 
     @property
+    def kind(self) -> tuple[Kind, Pattern]:
+        """What does not depend on the seed."""
+        return self.attention, self.pattern
+
+    @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         return f"{self.attention}-{self.pattern}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Found:
-    """How many keys a cell found at one length and distance, by one reading."""
+    """How many keys a cell found at one length and distance, under one intervention."""
 
     reading: Intervention
     factor: int
     """Length of the rows in training lengths."""
     distance: int
-    """From the key's marker to the question's, in tokens."""
+    """Tokens from the key's marker to the question's."""
     rows: int
     keys: int
     """Rows in which each of the four tokens was right; the answer is the most likely id of the whole vocabulary."""
@@ -118,10 +120,10 @@ class Found:
 
 
 @dataclass(frozen=True)
-class CellResult:
+class PasskeyResult:
     """What became of a cell."""
 
-    cell: Cell
+    cell: PasskeyCell
     settings: PasskeySettings
     found: list[Found]
     curve: list[tuple[int, float]]
@@ -129,13 +131,13 @@ class CellResult:
     seconds: float
 
 
-def vocabulary(settings: PasskeySettings) -> Vocabulary:
+def passkey_vocabulary(settings: PasskeySettings) -> Vocabulary:
     """Pieces that are equally frequent, and the candidates among them: the same for every cell."""
     is_special = np.arange(settings.vocab_size) < _SPECIAL
     return Vocabulary.from_counts((~is_special).astype(np.int64), is_special, seed=0)
 
 
-def model_config(attention: Attention, pattern: Pattern, settings: PasskeySettings) -> ModelConfig:
+def model_config(attention: Kind, pattern: Pattern, settings: PasskeySettings) -> ModelConfig:
     """The encoder of a kind; the patterns differ in no weight."""
     local = LayerConfig(span=settings.span, positions="rotary", rotary_theta=settings.local_theta)
     layers = [local, LayerConfig(span="global", positions="none")] if pattern == "local_global" else []
@@ -197,66 +199,43 @@ def _batch(inputs: Tensor, targets: Tensor) -> Batch:
 # ------------------------------------------------------------------------------------------- training and measuring
 
 
-def train_cell(cell: Cell, settings: PasskeySettings) -> CellResult:
-    """Train one encoder and measure it, on one thread. Equal on equal machines: all that is random is of the seed."""
-    with one_thread():
-        started = time.monotonic()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cell.seed)
-            model = MaskedLanguageModel(model_config(cell.attention, cell.pattern, settings), settings.vocab_size)
-        curve = _train(model, cell.seed, settings)
+def train_passkey(cell: PasskeyCell, settings: PasskeySettings) -> PasskeyResult:
+    """Train one encoder and measure it. Equal on equal machines, since everything random comes from the seed."""
+    started = time.monotonic()
+    with reproducible(cell.seed):
+        model = MaskedLanguageModel(model_config(cell.attention, cell.pattern, settings), settings.vocab_size)
+        generator, keys = torch.Generator().manual_seed(cell.seed), passkey_vocabulary(settings)
+        layouts: dict[int, AttentionLayout] = {}
+
+        def forward(step: int) -> tuple[Tensor, Tensor]:
+            length = row_length(step, settings, generator)
+            batch = _batch(*draw_training_rows(max(1, settings.tokens // length), length, keys, generator))
+            if length not in layouts:
+                layouts[length] = AttentionLayout.from_batch(batch)
+            losses, correct = model(batch, layouts[length])
+            return losses.mean(), correct
+
+        curve = train_probe(model.train(), settings, forward)
         found = list(measure(model, cell.seed, settings))
-        return CellResult(cell, settings, found, curve, round(time.monotonic() - started, 1))
-
-
-def _train(model: MaskedLanguageModel, seed: int, settings: PasskeySettings) -> list[tuple[int, float]]:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-
-    def share(step: int) -> float:
-        return learning_rate_share(step, settings.steps, settings.warmup, settings.decay)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    generator, keys, points = torch.Generator().manual_seed(seed), vocabulary(settings), curve_steps(settings.steps)
-    layouts: dict[int, AttentionLayout] = {}
-    curve: list[tuple[int, float]] = []
-    right: list[Tensor] = []
-    model.train()
-    for step in range(1, settings.steps + 1):
-        length = row_length(step, settings, generator)
-        batch = _batch(*draw_training_rows(max(1, settings.tokens // length), length, keys, generator))
-        if length not in layouts:
-            layouts[length] = AttentionLayout.from_batch(batch)
-        losses, correct = model(batch, layouts[length])
-        optimizer.zero_grad()
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        right.append(correct)
-        if step in points:
-            curve.append((step, float(torch.cat(right).double().mean())))
-            right.clear()
-    return curve
+    return PasskeyResult(cell, settings, found, curve, round(time.monotonic() - started, 1))
 
 
 def measure(model: MaskedLanguageModel, seed: int, settings: PasskeySettings) -> Iterator[Found]:
-    """By reading, length and distance; the two readings differ beyond the training length only."""
-    keys, trained = vocabulary(settings), settings.training_length
+    """Yield what was found by intervention, length and distance; `plain` alone at the training length."""
+    keys, trained = passkey_vocabulary(settings), settings.training_length
     model.eval()
     for factor in settings.factors:
         length = factor * trained
         rows = draw_rows("passkey", length, trained, settings.samples, keys, seed + _MEASURED)
-        for reading in READINGS:
-            if reading == "plain" or factor > 1:
-                with torch.inference_mode(), reading_with(model.encoder, reading, length, trained):
+        for intervention in COMPARED:
+            if intervention == "plain" or factor > 1:
+                with torch.inference_mode(), reading_with(model.encoder, intervention, length, trained):
                     right, among = _answers(model, rows, torch.from_numpy(keys.candidates))
             for distance in np.unique(rows.distances).tolist():
                 here = torch.from_numpy(rows.distances == distance)
                 whole = int(right[here].all(dim=1).sum())
                 num = int(here.sum())
-                yield Found(reading, factor, distance, num, whole, int(right[here].sum()), int(among[here].sum()))
+                yield Found(intervention, factor, distance, num, whole, int(right[here].sum()), int(among[here].sum()))
 
 
 def _answers(model: MaskedLanguageModel, rows: TaskRows, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,8 +253,8 @@ def _answers(model: MaskedLanguageModel, rows: TaskRows, candidates: Tensor) -> 
     return torch.cat(right), torch.cat(among)
 
 
-def restore(content: dict[str, Any], cell: Cell, settings: PasskeySettings) -> CellResult:
-    """A result from what its file holds."""
+def restore_passkey(content: dict[str, Any], cell: PasskeyCell, settings: PasskeySettings) -> PasskeyResult:
+    """Return a result from what its file holds."""
     curve = [(step, accuracy) for step, accuracy in content["curve"]]
     found = [Found(**one) for one in content["found"]]
-    return CellResult(**{**content, "cell": cell, "settings": settings, "curve": curve, "found": found})
+    return PasskeyResult(**{**content, "cell": cell, "settings": settings, "curve": curve, "found": found})

@@ -17,19 +17,20 @@ from pretrain.evaluation.probes.argmax import (
     CHANCE,
     LENGTH,
     VALUES,
-    Cell,
-    CellResult,
+    ArgmaxCell,
+    ArgmaxResult,
+    ArgmaxSettings,
     PositionProbe,
-    ProbeSettings,
+    accuracy_table,
     draw_sequences,
-    markdown_table,
+    kind_accuracies,
     probe_layout,
     run_argmax,
-    summarize,
-    train_cell,
+    train_argmax,
 )
+from pretrain.evaluation.report.markdown import markdown_table
 
-TINY = ProbeSettings(steps=4, batch_size=4, held_out=16)
+TINY = ArgmaxSettings(steps=4, batch_size=4, held_out=16)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,13 +98,13 @@ def test_every_other_kind_can(attention, positions):
 
 
 def test_a_cell_is_the_same_each_time_whatever_was_drawn_before():
-    cell = Cell("dual_triangle", "none", 3)
-    first = train_cell(cell, TINY)
+    cell = ArgmaxCell("dual_triangle", "none", 3)
+    first = train_argmax(cell, TINY)
     torch.randn(7)
     threads = torch.get_num_threads()
-    second = train_cell(cell, TINY)
+    second = train_argmax(cell, TINY)
     assert (first.accuracy, first.loss, first.curve) == (second.accuracy, second.loss, second.curve)
-    assert first.loss != train_cell(Cell("dual_triangle", "none", 4), TINY).loss
+    assert first.loss != train_argmax(ArgmaxCell("dual_triangle", "none", 4), TINY).loss
     assert [step for step, _ in first.curve] == [1, 2, 3, 4]
     assert first.loss == pytest.approx(math.log(LENGTH), abs=0.6)
     assert torch.get_num_threads() == threads
@@ -119,7 +120,7 @@ def test_held_out_sequences_are_no_sequences_of_the_training(seed, monkeypatch):
         return values, answer
 
     monkeypatch.setattr(argmax, "draw_sequences", record)
-    train_cell(Cell("causal", "none", seed), TINY)
+    train_argmax(ArgmaxCell("causal", "none", seed), TINY)
     *training, held_out = drawn
     assert (len(torch.cat(training)), len(held_out)) == (TINY.steps * TINY.batch_size, TINY.held_out)
     assert not set(map(tuple, torch.cat(training).tolist())) & set(map(tuple, held_out.tolist()))
@@ -127,24 +128,26 @@ def test_held_out_sequences_are_no_sequences_of_the_training(seed, monkeypatch):
 
 def test_kinds_are_means_over_seeds_beside_chance():
     accuracies = [0.5, 0.75, CHANCE]
-    cells = [Cell("causal", "none", 0), Cell("causal", "none", 1), Cell("bidirectional", "none", 0)]
-    results = [CellResult(c, TINY, a, 1.0, [(1, a)], 1.0) for c, a in zip(cells, accuracies, strict=True)]
-    causal, bidirectional = summarize(results)
+    cells = [ArgmaxCell("causal", "none", 0), ArgmaxCell("causal", "none", 1), ArgmaxCell("bidirectional", "none", 0)]
+    results = [ArgmaxResult(c, TINY, a, 1.0, [(1, a)], 1.0) for c, a in zip(cells, accuracies, strict=True)]
+    causal, bidirectional = kind_accuracies(results)
     assert (causal.mean, causal.lowest, causal.highest, causal.seeds) == (0.625, 0.5, 0.75, 2)
     assert bidirectional.mean == CHANCE
-    assert "| causal | none | 62.5% | 50.0% to 75.0% | 40.0 | 2 |" in markdown_table([causal, bidirectional])
-    assert "| chance |  | 1.6% |" in markdown_table([causal])
+    assert "| causal | none | 62.5% | 50.0% to 75.0% | 40.0 | 2 |" in markdown_table(
+        accuracy_table([causal, bidirectional])
+    )
+    assert "| chance |  | 1.6% |" in markdown_table(accuracy_table([causal]))
 
 
 def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
     trained = []
-    real = argmax.train_cell
+    real = argmax.train_argmax
 
     def record(cell, settings):
         trained.append(cell.name)
         return real(cell, settings)
 
-    monkeypatch.setattr(argmax, "train_cell", record)
+    monkeypatch.setattr(argmax, "train_argmax", record)
     first = run_argmax(tmp_path, ["causal"], ["none"], [0, 1], TINY)
     assert trained == ["causal-none-0", "causal-none-1"]
     before = (tmp_path / "results.json").read_text()
@@ -159,7 +162,7 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch):
 def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
     run_argmax(tmp_path, ["causal"], ["none"], [0], TINY)
     with pytest.raises(UserError, match=r"other settings \(steps=4\); choose another folder with --out"):
-        run_argmax(tmp_path, ["causal"], ["none"], [0], ProbeSettings(steps=5, batch_size=4, held_out=16))
+        run_argmax(tmp_path, ["causal"], ["none"], [0], ArgmaxSettings(steps=5, batch_size=4, held_out=16))
     path = tmp_path / "cells" / "causal-none-0.json"
     cell = json.loads(path.read_text())
     del cell["settings"]["held_out_seed"]
@@ -171,7 +174,7 @@ def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
 def test_the_command_writes_its_files_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("launch.probe.num_cores", lambda: 1)
-    monkeypatch.setattr("launch.probe.ProbeSettings", functools.partial(ProbeSettings, batch_size=4, held_out=16))
+    monkeypatch.setattr("launch.probe.ArgmaxSettings", functools.partial(ArgmaxSettings, batch_size=4, held_out=16))
     command = ["diptych", "evaluate", "probe", "argmax", "--steps", "2", "--seeds", "1", "--out", "here"]
     monkeypatch.setattr(sys, "argv", [*command, "--attention", "dual_triangle", "--attention", "bidirectional"])
     shown = []
@@ -202,7 +205,7 @@ def test_an_unknown_kind_is_wrong_input(tmp_path):
 @pytest.mark.slow
 def test_dual_triangles_learn_positions_that_a_bidirectional_encoder_cannot(tmp_path):
     kinds = run_argmax(
-        tmp_path, ["dual_triangle", "bidirectional"], ["none"], [0], ProbeSettings(steps=700), processes=2
+        tmp_path, ["dual_triangle", "bidirectional"], ["none"], [0], ArgmaxSettings(steps=700), processes=2
     )
     dual, bidirectional = (kind.mean for kind in kinds)
     assert dual > 12 * CHANCE

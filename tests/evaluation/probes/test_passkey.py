@@ -15,18 +15,18 @@ from pretrain.errors import UserError
 from pretrain.evaluation.context.tasks import KEY, SPAN
 from pretrain.evaluation.probes import passkey_grid
 from pretrain.evaluation.probes.passkey import (
-    Cell,
-    CellResult,
     Found,
+    PasskeyCell,
+    PasskeyResult,
     PasskeySettings,
     draw_training_rows,
     measure,
     model_config,
+    passkey_vocabulary,
     row_length,
-    train_cell,
-    vocabulary,
+    train_passkey,
 )
-from pretrain.evaluation.probes.passkey_grid import CHANCE, run_passkey, share_found, table_rows
+from pretrain.evaluation.probes.passkey_grid import PASSKEY_CHANCE, passkey_table, run_passkey, share_found
 from pretrain.model.encoder import MaskedLanguageModel
 
 TINY = PasskeySettings(steps=2, tokens=64, row_lengths=(32,), factors=(1, 2), samples=1, hidden_size=16)
@@ -38,7 +38,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize(("length", "pairs"), [(32, 1), (48, 2), (64, 3), (128, 6)])
 def test_every_masked_key_stands_in_the_row_after_its_marker(length, pairs):
-    keys = vocabulary(TINY)
+    keys = passkey_vocabulary(TINY)
     inputs, targets = draw_training_rows(50, length, keys, generator())
     assert inputs.shape == targets.shape == (50, length)
     assert (inputs[:, 0] == BOS).all()
@@ -57,7 +57,7 @@ def test_every_masked_key_stands_in_the_row_after_its_marker(length, pairs):
 
 def test_keys_lie_on_both_sides_of_their_questions_at_every_distance():
     length = 64
-    inputs, targets = draw_training_rows(600, length, vocabulary(TINY), generator())
+    inputs, targets = draw_training_rows(600, length, passkey_vocabulary(TINY), generator())
     ahead = []
     for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
         for begin in (i for i in range(length) if row[i] == MASK and row[i - 1] != MASK):
@@ -91,7 +91,7 @@ def test_what_is_counted_is_right_tokens_and_whole_keys():
     """An encoder that always says the same candidate: one in ten of the tokens, and no key but by luck."""
     settings = dataclasses.replace(TINY, samples=8)
     model = MaskedLanguageModel(model_config("causal", "none", settings), settings.vocab_size)
-    said = int(vocabulary(settings).candidates[3])
+    said = int(passkey_vocabulary(settings).candidates[3])
     model.head.weight = torch.nn.Parameter(torch.zeros(settings.vocab_size, settings.hidden_size))
     model.encoder.norm.register_forward_hook(lambda *arguments: torch.ones_like(arguments[2]))
     model.head.weight.data[said] = 1
@@ -107,28 +107,28 @@ def test_what_is_counted_is_right_tokens_and_whole_keys():
     assert sum(f.tokens_among_candidates for f in found) == tokens
 
 
-def result(seed: int, keys: int) -> CellResult:
+def result(seed: int, keys: int) -> PasskeyResult:
     found = [Found(r, f, 8, 10, keys if f == 1 else 0, 30, 35) for r in ("plain", "log_length") for f in (1, 2)]
-    return CellResult(Cell("dual_triangle", "local_global", seed), TINY, found, [(1, 0.5)], 1.0)
+    return PasskeyResult(PasskeyCell("dual_triangle", "local_global", seed), TINY, found, [(1, 0.5)], 1.0)
 
 
 def test_tables_give_shares_over_the_seeds_beside_chance():
     results = [result(0, 9), result(1, 10)]
     assert share_found(results, "keys", "plain", 1) == [0.9, 1.0]
     assert share_found(results, "tokens", "log_length", 2) == [0.75, 0.75]
-    first, _, chance = table_rows(results, "keys")
+    first, _, chance = passkey_table(results, "keys").rows
     assert first == ("dual-triangle", "local-global", "as trained", "95.0 (90 to 100)", "0.0 (0 to 0)", "2")
     assert chance[3:5] == ("0.01", "0.01")
-    assert CHANCE["keys"] == pytest.approx(1e-4)
+    assert PASSKEY_CHANCE["keys"] == pytest.approx(1e-4)
 
 
 def test_a_cell_is_the_same_each_time_and_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(passkey_grid, "write_results", lambda *_: None)
     first = run_passkey(tmp_path, [("dual_triangle", "local_global")], [0], TINY)
     torch.randn(7)
-    again = train_cell(Cell("dual_triangle", "local_global", 0), TINY)
+    again = train_passkey(PasskeyCell("dual_triangle", "local_global", 0), TINY)
     assert (again.found, again.curve) == (first[0].found, first[0].curve)
-    monkeypatch.setattr(passkey_grid, "train_cell", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(passkey_grid, "train_passkey", lambda *_: pytest.fail("trained again"))
     assert run_passkey(tmp_path, [("dual_triangle", "local_global")], [0], TINY) == first
     with pytest.raises(UserError, match=r"other settings \(steps=2\)"):
         run_passkey(tmp_path, [("dual_triangle", "local_global")], [0], dataclasses.replace(TINY, steps=3))
@@ -156,7 +156,7 @@ def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
 def test_a_local_and_a_global_layer_learn_to_find_keys():
     """To say any candidate of the row would be right in about a quarter of the tokens."""
     settings = PasskeySettings(steps=400, row_lengths=(32,), tokens=1024, factors=(1, 2), samples=10)
-    cell = train_cell(Cell("dual_triangle", "local_global", 0), settings)
+    cell = train_passkey(PasskeyCell("dual_triangle", "local_global", 0), settings)
     for factor in settings.factors:
         [tokens] = share_found([cell], "tokens", "plain", factor)
-        assert tokens > 4 * CHANCE["tokens"]
+        assert tokens > 4 * PASSKEY_CHANCE["tokens"]
