@@ -44,8 +44,8 @@ from pretrain.data.manifest import (
     save_manifest,
 )
 from pretrain.data.shards.shard import verify_shard
+from pretrain.data.sources.documents import InputFile
 from pretrain.data.sources.inputs import find_inputs, source_name
-from pretrain.data.sources.readers import InputFile
 from pretrain.data.tokenizer import Tokenizer, token_dtype, train_tokenizer, training_characters
 from pretrain.errors import UserError
 from pretrain.files import atomic_path, disk_errors, sha256_of, write_json

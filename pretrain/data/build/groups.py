@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from pretrain.data.build.plan import REMOVED, Scan
 from pretrain.data.manifest import SPLITS, TOKENIZER, ShardEntry, Split
 from pretrain.data.shards.shard import EncodedDocument, write_shard
-from pretrain.data.sources.readers import Document
+from pretrain.data.sources.documents import Document
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.files import write_text

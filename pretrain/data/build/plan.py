@@ -17,8 +17,9 @@ import numpy.typing as npt
 from pretrain.config.data import CorpusConfig, SplitsConfig
 from pretrain.data.build.filters import reason_to_remove
 from pretrain.data.manifest import SPLITS, SourceEntry, Split
+from pretrain.data.sources.documents import Document, InputFile
 from pretrain.data.sources.inputs import source_name
-from pretrain.data.sources.readers import Document, InputFile, read_documents
+from pretrain.data.sources.reading import read_documents
 from pretrain.errors import UserError
 
 Report = Callable[[str, int, int, int], None]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.config.run import RunConfig
+from pretrain.data.fetching import FetchRule, NotThereError, default_cache
 from pretrain.data.manifest import Manifest, ShardEntry
-from pretrain.data.remote import FetchRule, NotThereError, default_cache
 from pretrain.data.shards.remote import RemoteShards
 from pretrain.data.shards.shard import DamagedShardError, Shard
 from pretrain.data.shards.verified import VerifiedShards

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pretrain.data.fetching import FetchRule, NotThereError, fetch
 from pretrain.data.manifest import MANIFEST, TOKEN_COUNTS, TOKENIZER, ShardEntry
-from pretrain.data.remote import FetchRule, NotThereError, fetch
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
 

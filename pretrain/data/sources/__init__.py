@@ -1,1 +1,1 @@
-"""Raw files -> documents."""
+"""Raw files -> documents: which files a source means, and one file for each format of them."""

@@ -1,4 +1,4 @@
-"""What the readers of raw files share: a document, a file to read, a record that cannot be read."""
+"""What a raw file is and what is read from it: a document, or a record that cannot be one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ class InputFile:
 
     path: Path
     label: str
-    """Its name in document ids: relative to the source's folder, so that it does not depend on where that lies."""
+    """Name in document ids: relative to the source's folder, so that it does not depend on where that lies."""
     format: Format
 
 
@@ -41,19 +41,4 @@ class BadRecord:
 
 
 Record = tuple[str, str] | tuple[str, str, dict[str, Any]] | BadRecord
-"""Id, text and perhaps metadata, or why there is no text."""
-
-
-class DamagedFileError(Exception):
-    """The rest of a raw file cannot be unpacked."""
-
-
-def decode_utf8(label: str, offset: int, raw: bytes) -> str | BadRecord:
-    """Text, or where it is none."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(
-            "not UTF-8",
-            f"{label} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {offset + error.start:,}.",
-        )
+"""Id, text and perhaps metadata, or why there is none."""

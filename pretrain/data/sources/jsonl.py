@@ -1,16 +1,25 @@
-"""A line of JSON -> a document."""
+"""JSON lines: each is an object, one field of which is the document's text."""
 
 import json
+from collections.abc import Iterator
+from io import BufferedReader
 
 from pretrain.config.data import SourceConfig
-from pretrain.data.sources.documents import (
-    BadRecord,
-    Record,
-)
+from pretrain.data.sources.documents import BadRecord, InputFile, Record
+from pretrain.data.sources.unpacking import text_lines
+
+
+def jsonl_records(file: InputFile, stream: BufferedReader, source: SourceConfig) -> Iterator[Record]:
+    """Yield the document of each line that is not blank."""
+    for number, _, line in text_lines(file.path, stream):
+        if isinstance(line, BadRecord):
+            yield line
+        elif line.strip():
+            yield json_record(f"{file.path}:{number}", f"{file.label}:{number}", line, source)
 
 
 def json_record(where: str, default_id: str, line: str, source: SourceConfig) -> Record:
-    """The document of a JSON object; `where` names it in errors."""
+    """Return the document of a JSON object; `where` names it in errors."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:

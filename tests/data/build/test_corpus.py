@@ -25,7 +25,7 @@ from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.manifest import load_manifest
 from pretrain.data.shards.shard import Shard
 from pretrain.data.sources.inputs import find_inputs
-from pretrain.data.sources.readers import read_documents
+from pretrain.data.sources.reading import read_documents
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
 from pretrain.files import sha256_of

@@ -17,7 +17,7 @@ from pretrain.data.inspection import verify_corpus
 from pretrain.data.manifest import MANIFEST, TOKENIZER, load_manifest
 from pretrain.data.shards.shard import Shard
 from pretrain.data.sources.inputs import find_inputs
-from pretrain.data.sources.readers import read_documents
+from pretrain.data.sources.reading import read_documents
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer
 from pretrain.errors import UserError
 from tests.conftest import generated_text

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.data import SourceConfig
+from pretrain.data.fetching import FetchRule, NotThereError, fetch
 from pretrain.data.manifest import load_manifest
-from pretrain.data.remote import FetchRule, NotThereError, fetch
 from pretrain.data.shards.remote import RemoteShards, fetch_description
-from pretrain.data.sources import inputs
 from pretrain.data.sources.inputs import find_inputs
-from pretrain.data.sources.readers import read_documents
+from pretrain.data.sources.reading import read_documents
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
 from tests.data.stream.test_stream import first_steps, rows_of
@@ -176,7 +175,7 @@ def test_a_shard_missing_at_the_server_is_a_damaged_one_and_no_server_is_none(
 
 
 def test_a_source_may_be_a_url(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     server.folder = tmp_path
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(5)))
     source = SourceConfig(path=f"{server.url}/a.jsonl")

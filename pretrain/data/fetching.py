@@ -1,12 +1,8 @@
-"""Files from elsewhere: fetched whole, with retries, into a bounded folder that the processes of a node share.
-
-What a shard must be is the manifest's business; here bytes arrive or they do not.
-"""
+"""Files behind URLs, fetched whole and with retries. Which files, and what becomes of them, is not known here."""
 
 import hashlib
 import logging
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -20,14 +16,14 @@ from pretrain.files import atomic_path
 log = logging.getLogger(__name__)
 
 
-_CHUNK = 2**20
+_CHUNK_BYTES = 2**20
 
 
 _LONGEST_PAUSE_S = 30.0
 
 
 class NotThereError(Exception):
-    """The other side answers that there is no such file."""
+    """Answer of the other side that there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,21 @@ class FetchRule:
     """How patient a fetch is."""
 
     timeout_s: float = 30.0
-    """Without a byte for so long, an attempt has failed."""
+    """Seconds without a byte after which an attempt has failed."""
     attempts: int = 8
     pause_s: float = 0.5
-    """After the first failed attempt; doubled after each further one, up to half a minute."""
+    """Seconds to wait after the first failed attempt; doubled after each further one, up to half a minute."""
 
 
 def open_url(url: str, timeout_s: float) -> BinaryIO:
-    """The bytes of a URL: http and https by the standard library, s3, gs and others by fsspec."""
+    """Open a URL for reading: http and https by the standard library, s3, gs and others by fsspec."""
     if url.startswith(("http://", "https://")):
         return cast(BinaryIO, urllib.request.urlopen(url, timeout=timeout_s))
-    return cast(BinaryIO, _file_system(url)[0].open(url, "rb"))
+    return cast(BinaryIO, file_system(url)[0].open(url, "rb"))
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
+def file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path in it.
 
     Raises:
         UserError: it needs a package that is not installed, or nobody knows such URLs.
@@ -102,11 +98,11 @@ def fetch(url: str, target: Path, rule: FetchRule, sha256: str | None = None) ->
 
 
 def _copy(url: str, target: Path, timeout_s: float) -> str:
-    """Copy, and give the sha256; a connection that ends before the announced length is an error."""
+    """Copy, and return the sha256; a connection that ends before the announced length is an error."""
     digest, size = hashlib.sha256(), 0
     with open_url(url, timeout_s) as source, target.open("wb") as file:
         announced = getattr(source, "length", None)
-        while chunk := source.read(_CHUNK):
+        while chunk := source.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
             file.write(chunk)
@@ -115,30 +111,6 @@ def _copy(url: str, target: Path, timeout_s: float) -> str:
     return digest.hexdigest()
 
 
-def fetch_raw(url: str, cache: Path) -> list[Path]:
-    """The raw files that a URL (or, but for http, a pattern) names, fetched once into `cache`.
-
-    Raises:
-        UserError: there are none, or they cannot be reached.
-    """
-    folder = cache / "raw" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    urls = [url]
-    if not url.startswith(("http://", "https://")):
-        system, pattern = _file_system(url)
-        urls = [system.unstrip_protocol(found) for found in sorted(system.glob(pattern))]
-    paths = [folder / each.split("?")[0].rstrip("/").rpartition("/")[2] for each in urls]
-    try:
-        for each, path in zip(urls, paths, strict=True):
-            if not path.is_file():
-                fetch(each, path, FetchRule())
-    except NotThereError as error:
-        raise UserError(f"source {url!r} cannot be read: {error}") from error
-    if not paths:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"source {url!r} matches no file")
-    return paths
-
-
 def default_cache() -> Path:
-    """`diptych` in the user's cache folder."""
+    """Return the folder `diptych` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych"

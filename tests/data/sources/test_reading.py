@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.data import SourceConfig
+from pretrain.data.sources.documents import Document
 from pretrain.data.sources.inputs import find_inputs
-from pretrain.data.sources.readers import Document, read_documents
+from pretrain.data.sources.reading import read_documents
 from pretrain.errors import UserError
 
 HINT = "(--on-bad skip / corpus.on_bad=skip leaves such records out and counts them)"
