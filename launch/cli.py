@@ -8,20 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands import (
-    checkpoint,
-    compare,
-    config,
-    data,
-    evaluate,
-    ladder,
-    model,
-    plan,
-    runs,
-    submit,
-    sweep,
-    train,
-)
+from launch.commands import checkpoint, config, data, evaluate, ladder, plan, runs, sweep, train
 from launch.commands.cluster_options import ClusterCommand
 from pretrain import __version__
 from pretrain.errors import EXIT_WRONG_INPUT, UserError
@@ -39,10 +26,10 @@ app = typer.Typer(
 )
 app.command()(train.quickstart)
 app.command()(train.train)
-app.command(cls=ClusterCommand)(submit.submit)
+app.command(cls=ClusterCommand)(train.submit)
 app.command()(runs.runs)
 app.command()(plan.plan)
-app.command()(compare.compare)
+app.command()(evaluate.compare)
 app.command()(runs.logs)
 app.command()(runs.cancel)
 app.command()(runs.resume)
@@ -53,7 +40,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("export-weights")(checkpoint.export_weights)
 app.add_typer(config.app, name="config")
-app.add_typer(model.app, name="model")
+app.add_typer(plan.model_app, name="model")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`diptych evaluate`: measure a trained encoder, or train small ones on a synthetic task."""
+"""`diptych evaluate` and `compare`: measure a trained encoder, or train small ones on a synthetic task."""
 
 import sys
 from enum import StrEnum
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch.commands.arguments import RunName, RunsFolder, resumable
-from launch.terminal.console import make_console
+from launch.commands.arguments import RunName, RunsFolder, parse_count, parse_duration, parse_lengths, resumable
+from launch.terminal.console import make_console, say
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
 
@@ -43,6 +43,26 @@ class _Pattern(StrEnum):
     NONE = "none"
 
 
+_Lengths = Annotated[
+    str | None,
+    typer.Option(metavar="0.5x,1x,2x,...", help="Multiples of the training length; by default as configured."),
+]
+_Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TIME", parser=parse_duration, help="Time limit, for instance 90s, 10m, 1h: less is measured."
+    ),
+]
+_Recalibrate = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        parser=parse_count,
+        help="Also train so many tokens (2M) at the longest length, and measure again.",
+    ),
+]
+
+
 @app.command("context")
 def evaluate_context(
     run: RunName,
@@ -51,24 +71,16 @@ def evaluate_context(
         typer.Argument(metavar="KEY=VALUE", help="Changes to the evaluation section, for instance windows=64."),
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Checkpoint to read; by default the newest.")] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(metavar="0.5x,1x,2x,...", help="Multiples of the training length; by default as configured."),
-    ] = None,
+    lengths: _Lengths = None,
     split: Annotated[
         Literal["valid", "test"] | None, typer.Option(help="Documents to read; by default as configured.")
     ] = None,
     corpus: Annotated[
         Path | None, typer.Option(metavar="CORPUS", help="Folder of another corpus of the same tokenizer.")
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Time limit, for instance 90s, 10m, 1h: less is measured.")
-    ] = None,
+    budget: _Budget = None,
     full: Annotated[bool, typer.Option("--full", help="Several times as many windows, samples and tasks.")] = False,
-    recalibrate: Annotated[
-        str | None,
-        typer.Option(metavar="TOKENS", help="Also train so many tokens (2M) at the longest length, and measure again."),
-    ] = None,
+    recalibrate: _Recalibrate = None,
     nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that share the work.")] = 1,
     folder: RunsFolder = Path("runs"),
 ) -> None:
@@ -80,7 +92,6 @@ def evaluate_context(
     [bold]Example:[/bold] diptych evaluate context quickstart --lengths 0.5x,1x,2x,4x --budget 5m --nproc 2
     """
     from launch.evaluate import evaluate_context as evaluate_run
-    from launch.evaluate import parse_count, parse_duration, parse_lengths
     from launch.run_list import find_run
 
     run_folder = find_run(run, folder)
@@ -94,9 +105,9 @@ def evaluate_context(
             corpus=corpus,
             overrides=[f"evaluation.{change.removeprefix('evaluation.')}" for change in changes],
             full=full,
-            budget_s=parse_duration(budget) if budget else None,
+            budget_s=budget,
             num_ranks=nproc,
-            recalibrate=parse_count(recalibrate) if recalibrate else None,
+            recalibrate=recalibrate,
             command=["diptych", *sys.argv[1:]],
         )
 
@@ -157,3 +168,41 @@ def evaluate_probe_passkey(
     layers = dict.fromkeys(pattern or _Pattern)
     with resumable():
         passkey(out, [a.value for a in kinds], [p.value for p in layers], seeds, steps, make_console())
+
+
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Names or folders of runs, or folders that hold runs.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the comparison goes.")] = Path("comparison"),
+    evaluation: Annotated[
+        str, typer.Option(metavar="NAME", help="Which report of each run: the folder's name in its evaluation/.")
+    ] = "context",
+    folder: RunsFolder = Path("runs"),
+) -> None:
+    """Compare the context reports of several runs.
+
+    Writes compare.html and compare.md: loss and gain by context length. Runs that differ in nothing but their seed are
+    averaged. A folder of runs, such as a sweep's, stands for all runs in it that have a report.
+
+    [bold]Example:[/bold] diptych compare quickstart bidirectional --out comparison
+    """
+    from launch.run_list import runs_meant
+    from launch.terminal.tables import table
+    from pretrain.evaluation.report.compare import comparison_table, read_run_kinds, write_comparison
+
+    console, found = make_console(), []
+    for name in runs:
+        meant = runs_meant([name], folder)
+        written = [run for run in meant if run.report(evaluation).is_file()]
+        # Of a sweep, what there is so far; of a run that is named, an error.
+        if len(written) < len(meant) and written:
+            say(console, f"{name}: {len(meant) - len(written)} of {len(meant)} runs have no report, and are left out")
+        found += written or meant
+    kinds = read_run_kinds(found, evaluation)
+    write_comparison(out, kinds)
+    numbers = comparison_table(kinds)
+    compared = table("Context extension compared", numbers.header, numbers.texts)
+    compared.columns[0].no_wrap = True
+    console.print(compared)
+    say(console, f"comparison: {(out / 'compare.html').absolute()}, compare.md")

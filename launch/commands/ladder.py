@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import Config, Overrides, RunByDefault, resumable
+from launch.commands.arguments import (
+    Config,
+    Local,
+    LocalProcesses,
+    Overrides,
+    RunByDefault,
+    parse_flops,
+    parse_seeds,
+    resumable,
+)
 from launch.terminal.console import make_console, say
 
 app = typer.Typer(
@@ -13,6 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a config at several sizes and predict the next; `ladder CONFIG` is short for `ladder run CONFIG`.",
 )
+
+
+_Budget = Annotated[
+    float | None,
+    typer.Option(metavar="FLOPS", parser=parse_flops, help="Of all trainings together, for instance 2e15."),
+]
 
 
 @app.command("run")
@@ -23,14 +38,12 @@ def ladder_run(
         str, typer.Option(metavar="A,B,C", help="Sizes of configs/model/, or config files that set one.")
     ] = "1m,4m,15m",
     seeds: Annotated[str, typer.Option(metavar="A,B", help="Train every size with each of these.")] = "1",
-    budget: Annotated[
-        str | None, typer.Option(metavar="FLOPS", help="Of all trainings together, for instance 2e15.")
-    ] = None,
+    budget: _Budget = None,
     tokens_per_parameter: Annotated[
         float, typer.Option(min=0, metavar="T", help="How long, where there is no --budget.")
     ] = 20.0,
-    local: Annotated[bool, typer.Option("--local", help="Train here, one after another, instead of on Slurm.")] = False,
-    nproc: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --local: processes of each run.")] = None,
+    local: Local = False,
+    nproc: LocalProcesses = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained; do nothing.")] = False,
 ) -> None:
     """Train a config at several sizes, each on as many tokens per parameter, and predict the next size's loss.
@@ -42,17 +55,17 @@ def ladder_run(
     """
     from launch.grid.execution import run_here, show_sweep, submit_sweep
     from launch.grid.ladder_report import plan_table
-    from launch.grid.rungs import parse_flops, parse_seeds, plan_ladder
+    from launch.grid.rungs import plan_ladder
 
     console = make_console()
     with resumable():
         sweep, ladder = plan_ladder(
             config,
-            [*(changes or [])],
+            changes or [],
             sizes.split(","),
             seeds=parse_seeds(seeds),
             tokens_per_parameter=tokens_per_parameter,
-            budget=parse_flops(budget) if budget else None,
+            budget=budget,
         )
         console.print(plan_table(sweep.name, ladder))
         if dry_run:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.arguments import Config, RunByDefault, resumable
+from launch.commands.arguments import Config, Local, LocalProcesses, RunByDefault, resumable
 from launch.commands.cluster_options import ClusterCommand
 from launch.terminal.console import make_console, say
 
@@ -16,19 +16,22 @@ app = typer.Typer(
 )
 
 
+_Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the config; KEY=A,B,C is an axis of the grid."),
+]
+
+
 @app.command("run", cls=ClusterCommand)
 def sweep_run(
     context: typer.Context,
     config: Config,
-    changes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to the config; KEY=A,B,C is an axis of the grid."),
-    ] = None,
+    changes: _Changes = None,
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=A,B", help="An axis of the grid; more may follow it.")
     ] = None,
-    local: Annotated[bool, typer.Option("--local", help="Train here, one after another, instead of on Slurm.")] = False,
-    nproc: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --local: processes of each run.")] = None,
+    local: Local = False,
+    nproc: LocalProcesses = None,
     dry_run: Annotated[
         bool, typer.Option(help="Print the members, and the scripts that would be sent to sbatch; do nothing.")
     ] = False,

@@ -7,7 +7,6 @@ runs/LADDER/
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,30 +171,3 @@ def _next_size(config_name: str, overrides: Sequence[str], parameters: int) -> _
         if (size := _size(config_name, overrides, name)).parameters >= 1.5 * parameters:
             return size
     return None
-
-
-def parse_flops(text: str) -> float:
-    """`--budget`: a number of FLOPs such as 2e15.
-
-    Raises:
-        UserError: it is none, or not above zero.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"--budget {text}: not a number of FLOPs, for instance 2e15")
-    return value
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`--seeds`.
-
-    Raises:
-        UserError: it is not a list of whole numbers.
-    """
-    try:
-        return list(dict.fromkeys(int(word) for word in text.split(",")))
-    except ValueError:
-        raise UserError(f"--seeds {text}: not whole numbers with commas between them, for instance 1,2,3") from None

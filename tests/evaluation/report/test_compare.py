@@ -6,7 +6,6 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.evaluate import parse_duration, parse_lengths
 from launch.run_list import runs_meant
 from pretrain.config.load import to_yaml
 from pretrain.errors import UserError
@@ -83,14 +82,3 @@ def test_what_cannot_be_compared_is_refused(runs, evaluated):
         read_run_kinds(compared)
     with pytest.raises(UserError, match="no run 'd'"):
         runs_meant(["d"], runs)
-
-
-def test_lengths_and_times_are_read_or_answered():
-    assert parse_lengths("0.5x, 1x,2,16X") == [0.5, 1, 2, 16]
-    assert [parse_duration(t) for t in ("90s", "10m", "1h", "45")] == [90, 600, 3600, 45]
-    for wrong in ("", "x", "1x,two", "-1x"):
-        with pytest.raises(UserError, match="0.5x,1x,2x"):
-            parse_lengths(wrong)
-    for wrong in ("", "m", "ten", "-5s", "0"):
-        with pytest.raises(UserError, match="90s, 10m or 1h"):
-            parse_duration(wrong)
