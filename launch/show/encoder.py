@@ -11,7 +11,7 @@ from launch.terminal.tables import table
 from pretrain.config.load import load_config
 from pretrain.model.summary import ModelSummary, summarize
 from pretrain.training.cost.flops import FlopsPerToken, flops_per_token
-from pretrain.training.cost.plan import optimizer_shape
+from pretrain.training.cost.need import optimizer_shape
 from pretrain.training.zero.optimizer import GroupSummary
 
 

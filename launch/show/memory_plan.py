@@ -1,6 +1,5 @@
 """`diptych plan`: what a run needs, what fits, and how long it takes."""
 
-import os
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -15,12 +14,15 @@ from pretrain.config.load import load_config
 from pretrain.config.topology import check_topology
 from pretrain.errors import UserError
 from pretrain.model.summary import summarize
-from pretrain.training.cost.flops import FlopsPerToken, flops_per_token
-from pretrain.training.cost.plan import AGAIN, GIB, USABLE, Choice, Hardware, Need, Plan
+from pretrain.training.cost.advice import remedies
+from pretrain.training.cost.flops import FlopsPerToken, flops_per_token, peak_flops
+from pretrain.training.cost.hardware import GIB, USABLE, Hardware, this_processor
+from pretrain.training.cost.need import Need
+from pretrain.training.cost.plan import RECOMPUTE_EVERY, Choice, MemoryPlan
 from pretrain.training.zero.settings import ZERO_STAGE
 
-GPUS = {"h200": (139, 989e12), "h100": (79, 989e12), "a100": (79, 312e12)}
-"""GiB that torch reports, and dense bf16 FLOP/s by the maker's data sheet."""
+GPU_GIB = {"h200": 139, "h100": 79, "a100": 79}
+"""GiB that torch reports."""
 ASSUMED_MFU = 0.4
 """Share of the peak that a training reaches, until `benchmarks/results/` has a line of one on a GPU."""
 SIZES_SHOWN = 6
@@ -38,35 +40,34 @@ def hardware(gpu: str, nodes: int, gpus_per_node: int, peak_tflops: float | None
     peak = peak_tflops and peak_tflops * 1e12
     spread = {"world_size": nodes * gpus_per_node, "ranks_per_node": gpus_per_node}
     if gpu == "cpu":
-        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Hardware("cpu", here // gpus_per_node, **spread, on_gpu=False, peak=peak)
-    if (name := gpu.lower()) in GPUS:
-        gib, known = GPUS[name]
-        return Hardware(gpu.upper(), gib * GIB, **spread, on_gpu=True, peak=peak or known)
+        return this_processor(**spread, peak=peak)
+    if gpu.lower() in GPU_GIB:
+        known = peak_flops(gpu.upper())
+        return Hardware(gpu.upper(), GPU_GIB[gpu.lower()] * GIB, **spread, on_gpu=True, peak=peak or known)
     try:
         gib_given = float(gpu)
     except ValueError:
         gib_given = 0.0
     if not gib_given > 0:
         raise UserError(
-            f"--gpu {gpu}: neither one of {', '.join(GPUS)}, cpu, nor the memory of a GPU in GiB; of others "
+            f"--gpu {gpu}: neither one of {', '.join(GPU_GIB)}, cpu, nor the memory of a GPU in GiB; of others "
             "give that and their peak, for instance --gpu 180 --peak 2250"
         )
     return Hardware(f"GPU of {gib_given:g} GiB", int(gib_given * GIB), **spread, on_gpu=True, peak=peak)
 
 
-def plan_for(name: str, overrides: Sequence[str], devices: Hardware) -> Plan:
-    """Plan the memory of a config, which need not name a corpus.
+def plan_for(name: str, overrides: Sequence[str], devices: Hardware) -> MemoryPlan:
+    """MemoryPlan the memory of a config, which need not name a corpus.
 
     Raises:
         UserError: the batch or the streams cannot be divided by the devices.
     """
     config = load_config(name, overrides, beneath={"corpus": {"path": "corpora/none"}})
     check_topology(config, devices.world_size, devices.ranks_per_node)
-    return Plan(config, vocabulary_of(config)[0], devices)
+    return MemoryPlan(config, vocabulary_of(config)[0], devices)
 
 
-def show_plan(plan: Plan, mfu: float | None, console: Console) -> None:
+def show_plan(plan: MemoryPlan, mfu: float | None, console: Console) -> None:
     """Print the whole plan."""
     say(console, f"{_head(plan)}\n", "bold")
     console.print(_parameters(plan))
@@ -81,7 +82,7 @@ def show_plan(plan: Plan, mfu: float | None, console: Console) -> None:
         say(console, line)
 
 
-def brief_plan(plan: Plan) -> list[str]:
+def brief_plan(plan: MemoryPlan) -> list[str]:
     """The plan in three lines that do not depend on this machine: for comments beside a config."""
     choice = plan.recommended()
     flops = _flops(plan)
@@ -89,10 +90,10 @@ def brief_plan(plan: Plan) -> list[str]:
     head = f"{_head(plan)}, rows of {plan.config.data.sequence_length:,}"
     cost = (
         f"{compact(flops.total(mask_rate))} FLOPs a token ({compact(flops.total_as_full(mask_rate))} with triangles "
-        f"counted as full), checkpoints of {size(plan.checkpoint_bytes)}"
+        f"counted as full), checkpoints of {size(plan.optimizer.checkpoint_bytes)}"
     )
     if choice is None:
-        return [head, cost, f"does not fit: {', or '.join(plan.remedies())}"]
+        return [head, cost, f"does not fit: {', or '.join(remedies(plan))}"]
     return [head, cost, f"{_words(choice)}: {size(plan.need(choice).total)} a rank"]
 
 
@@ -112,7 +113,7 @@ def _again(every: int) -> str:
     return named.get(every, f"every {every}th block computed again")
 
 
-def _head(plan: Plan) -> str:
+def _head(plan: MemoryPlan) -> str:
     parameters = plan.parameters
     devices = plan.hardware
     return (
@@ -121,7 +122,7 @@ def _head(plan: Plan) -> str:
     )
 
 
-def _flops(plan: Plan) -> FlopsPerToken:
+def _flops(plan: MemoryPlan) -> FlopsPerToken:
     return flops_per_token(plan.config.model, plan.vocab_size, plan.config.data.sequence_length)
 
 
@@ -136,13 +137,13 @@ class _Unit:
         return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _parameters(plan: Plan) -> Table:
+def _parameters(plan: MemoryPlan) -> Table:
     summary = summarize(plan.run.model, plan.vocab_size)
     rows = [[g.name, f"{g.parameters:,}", f"{g.parameters / summary.parameters:.1%}"] for g in summary.groups]
     return table(None, ["parameters", "number", "share"], [*rows, ["all", f"{summary.parameters:,}", ""]])
 
 
-def _shardings(plan: Plan) -> list[str]:
+def _shardings(plan: MemoryPlan) -> list[str]:
     """Shardings that there can be: `hybrid` is for several nodes, and neither it nor `none` goes with offload."""
     several = 1 < plan.hardware.ranks_per_node < plan.hardware.world_size
     offloaded = plan.run.training.offload != "none"
@@ -150,7 +151,7 @@ def _shardings(plan: Plan) -> list[str]:
     return [sharding for sharding in ZERO_STAGE if sharding not in refused]
 
 
-def _states(plan: Plan) -> Table:
+def _states(plan: MemoryPlan) -> Table:
     """States and buffers by sharding."""
     choices = [Choice(sharding, 0, plan.configured.micro_batch_size) for sharding in _shardings(plan)]
     needs = [plan.need(choice) for choice in choices]
@@ -164,7 +165,7 @@ def _states(plan: Plan) -> Table:
     return table(f"Model states of a rank, {unit.name}; weights with their fp32 master", columns, rows)
 
 
-def _columns(plan: Plan) -> list[int]:
+def _columns(plan: MemoryPlan) -> list[int]:
     """Micro-batch sizes to show: the larger ones, but not many beyond what fits."""
     sizes = plan.micro_batch_sizes
     fitting = [m for m in sizes if plan.fits(Choice("full", 1, m))]
@@ -172,11 +173,11 @@ def _columns(plan: Plan) -> list[int]:
     return sizes[max(0, last - SIZES_SHOWN) : max(last, min(SIZES_SHOWN, len(sizes)))]
 
 
-def _shown_again(plan: Plan) -> list[int]:
-    return sorted({*AGAIN, plan.configured.checkpoint_every}, key=lambda every: (every > 0, -every))
+def _shown_again(plan: MemoryPlan) -> list[int]:
+    return sorted({*RECOMPUTE_EVERY, plan.configured.checkpoint_every}, key=lambda every: (every > 0, -every))
 
 
-def _activations(plan: Plan) -> Table:
+def _activations(plan: MemoryPlan) -> Table:
     """Activations by what is computed again, and the logits."""
     sizes, sharding = _columns(plan), plan.configured.sharding
     made = {e: [plan.need(Choice(sharding, e, m)).activations for m in sizes] for e in _shown_again(plan)}
@@ -188,7 +189,7 @@ def _activations(plan: Plan) -> Table:
     return table(f"Activations of a rank, {unit.name}, by rows of {length:,} at once", ["", *map(str, sizes)], rows)
 
 
-def _peaks(plan: Plan) -> Table:
+def _peaks(plan: MemoryPlan) -> Table:
     """The peak of every choice."""
     sizes, again = _columns(plan), _shown_again(plan)
     peaks = {
@@ -211,12 +212,12 @@ def _peaks(plan: Plan) -> Table:
     )
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: MemoryPlan) -> list[str]:
     devices, parameters = plan.hardware, plan.parameters
     notes = [
         f"fits: under {USABLE:.0%} of {size(devices.memory)} a rank; the rest is for the driver, buffers of libraries "
         "and fragmentation (assumed)",
-        f"checkpoint: {size(plan.checkpoint_bytes)} each, {plan.run.checkpoint.keep_last} kept"
+        f"checkpoint: {size(plan.optimizer.checkpoint_bytes)} each, {plan.run.checkpoint.keep_last} kept"
         + (f", and every {plan.run.checkpoint.keep_every}th step" if plan.run.checkpoint.keep_every else ""),
         f"at its start every rank builds the whole model in fp32: {size(4 * parameters)} of host memory each; under "
         "sharding full and hybrid, only its part",
@@ -245,7 +246,7 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _taken(plan: Plan, count: Callable[[Need], int]) -> str:
+def _taken(plan: MemoryPlan, count: Callable[[Need], int]) -> str:
     """Some bytes of a rank, as configured and as recommended."""
     now = size(count(plan.need(plan.configured)))
     best = plan.recommended()
@@ -253,7 +254,7 @@ def _taken(plan: Plan, count: Callable[[Need], int]) -> str:
     return f"{now} a rank as configured" + ("" if then == now else f", {then} as recommended")
 
 
-def _speed(plan: Plan, mfu: float | None) -> list[str]:
+def _speed(plan: MemoryPlan, mfu: float | None) -> list[str]:
     """Tokens a second and days, at a stated share of the peak."""
     devices = plan.hardware
     if devices.peak is None:
@@ -284,7 +285,7 @@ def _speed(plan: Plan, mfu: float | None) -> list[str]:
     return lines
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: MemoryPlan) -> list[str]:
     """What the config says, whether it fits, and what to take."""
     now = plan.configured
     fits = "fits" if plan.fits(now) else "does not fit"
@@ -295,7 +296,7 @@ def _verdict(plan: Plan) -> list[str]:
         return [
             *lines,
             f"nothing fits: the least is {least} a rank ({_words(plan.smallest)})",
-            *(f"  {remedy}" for remedy in plan.remedies()),
+            *(f"  {remedy}" for remedy in remedies(plan)),
         ]
     if choice == now:
         return [*lines, "recommended: as it is"]

@@ -150,11 +150,16 @@ class DataConfig(Section):
     random_token_share: Fixed[Share] = 0.1
     """Share of them that a random piece replaces; the rest stay as they are."""
 
+    @property
+    def largest_mask_rate(self) -> float:
+        """Highest share of the tokens that is to be predicted at any time of the run."""
+        return max(self.mask_rate, self.final_mask_rate or 0)
+
     @model_validator(mode="after")
     def _shares_fit(self) -> "DataConfig":
         if self.mask_token_share + self.random_token_share > 1:
             raise ValueError("mask_token_share + random_token_share is more than 1")
-        rate = max(self.mask_rate, self.final_mask_rate or 0)
+        rate = self.largest_mask_rate
         if self.mask_unit == "span" and self.mean_span_length < 1 / (1 - rate):
             raise ValueError(
                 f"runs of mean_span_length = {self.mean_span_length:g} are too short for a mask rate of {rate:g}, "

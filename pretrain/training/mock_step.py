@@ -5,48 +5,49 @@ set back to zero, and it comes before any checkpoint is loaded. So weights, rand
 those of a run without it.
 """
 
-import os
-
 import torch
 
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
-from pretrain.training.cost.plan import Hardware, Plan, advice
+from pretrain.training.cost.advice import advice
+from pretrain.training.cost.hardware import this_hardware
+from pretrain.training.cost.plan import MemoryPlan
 from pretrain.training.zero.engine import Engine
-from pretrain.training.zero.settings import accumulation_steps, ranks_per_node
+from pretrain.training.zero.settings import accumulation_steps
 
 
 def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) -> int:
-    """Take it; collective. The engine's phase is to be entered after it. Returns the bytes a rank needs by plan.
+    """Take it; collective. The engine's phase is to be entered after it.
+
+    Returns:
+        The bytes that a rank needs by plan.
 
     Raises:
         UserError: memory ran out; says what the plan advises.
     """
-    devices = _hardware(engine.device, world_size)
+    hardware = this_hardware(engine.device, world_size)
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-        plan = Plan(run, vocab_size, devices)
-        config = plan.config
-        rows = min(config.training.micro_batch_size, plan.rows_per_rank(config))
+        plan = MemoryPlan(run, vocab_size, hardware)
+        rows = plan.configured.micro_batch_size
         try:
-            _take(engine, config, rows, vocab_size, world_size)
+            _take_step(engine, plan.config, rows, vocab_size, world_size)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            shape = f"{rows} rows of {config.data.sequence_length:,} at once"
+            shape = f"{rows} rows of {plan.config.data.sequence_length:,} at once"
             raise UserError(
-                f"out of memory before the first step, with {shape}. {advice(run, vocab_size, devices)}"
+                f"out of memory before the first step, with {shape}. {advice(run, vocab_size, hardware)}"
             ) from error
     engine.forget_moments()
     return plan.need(plan.configured).total
 
 
-def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
-    """One step of at most two micro-batches: what accumulation needs is there from the second on."""
+def _take_step(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
+    """Take a step of at most two micro-batches: what accumulation needs is there from the second on."""
     micro_batches = min(accumulation_steps(config, world_size), 2)
     batch_size = micro_batches * rows * config.parallel.data_ranks(world_size)
-    portion = {"batch_size": batch_size, "micro_batch_size": rows}
-    training = config.training.model_copy(update=portion)
+    training = config.training.model_copy(update={"batch_size": batch_size, "micro_batch_size": rows})
     engine.enter_phase(config.model_copy(update={"training": training}), world_size)
     engine.set_learning_rate(0.0)
     batch = largest_batch(config, rows, vocab_size)
@@ -58,8 +59,8 @@ def _take(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_s
 
 
 def largest_batch(config: RunConfig, rows: int, vocab_size: int) -> Batch:
-    """Full rows, as many positions to predict as there may be; packed rows hold two documents."""
-    length, rate = config.data.sequence_length, max(config.data.mask_rate, config.data.final_mask_rate or 0)
+    """Return full rows with as many positions to predict as there may be; packed rows hold two documents."""
+    length, rate = config.data.sequence_length, config.data.largest_mask_rate
     columns = torch.arange(length).expand(rows, length)
     first = length // 2 if config.data.packing != "padded" else length
     # Masked positions are spread evenly, and no fewer than the rate says.
@@ -75,16 +76,6 @@ def largest_batch(config: RunConfig, rows: int, vocab_size: int) -> Batch:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of an allocator, on a GPU or a CPU."""
+    """Return whether an error is that of an allocator, on a GPU or a CPU."""
     allocators = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(name in str(error) for name in allocators)
-
-
-def _hardware(device: torch.device, world_size: int) -> Hardware:
-    """This rank's device, and its share of the memory."""
-    per_node = ranks_per_node(world_size)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return Hardware(properties.name, properties.total_memory, world_size, on_gpu=True, ranks_per_node=per_node)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware("cpu", memory // per_node, world_size, on_gpu=False, ranks_per_node=per_node)

@@ -15,20 +15,20 @@ from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.model.kernels import TRIANGLES
 
 STATISTIC = 4
-"""Bytes of a number that is fp32 whatever the precision: of a norm's row, a softmax's row, a loss."""
+"""Bytes of a number that is fp32 whatever the precision: the norm of a row, its softmax, its loss."""
 
 
 SMALLEST_BLOCK = 64
 """Queries that the windowed kernel takes at once, at least."""
 
 
-PLACES = 4 / 3
-"""Kernel `sdpa` puts packed documents into rectangles of which at least 3/4 is filled (see `AttentionLayout`)."""
+PACKING_OVERHEAD = 4 / 3
+"""Most places for each position where kernel `sdpa` puts packed documents into rectangles (see `AttentionLayout`)."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What goes through the model at once, and how it is computed."""
+class ForwardPass:
+    """What goes through the model at once on one rank, and how it is computed."""
 
     model: ModelConfig
     vocab_size: int
@@ -37,23 +37,23 @@ class Setting:
     masked: int
     """Positions to predict, of those that the rank holds."""
     compute_bytes: int = 4
-    """c: of an element in matrix products."""
+    """c: bytes of an element in matrix products."""
     residual_bytes: int = 4
-    """r: of an element of the residual stream; 4 beside c = 2 under autocast."""
+    """r: bytes of an element of the residual stream; 4 beside c = 2 under autocast."""
     checkpoint_every: int = 0
     """Every k-th block is computed again in the backward pass; 0 for none."""
     compiled: bool = False
     on_gpu: bool = False
     packed: bool = False
     """Rows hold several documents."""
-    places: float = 1.0
-    """Packed rows: places of the rectangles, or tokens, for each position."""
+    packing_overhead: float = 1.0
+    """Places of the rectangles, or tokens, for each position of packed rows."""
     sequence: int = 1
     """S: ranks that share the rows."""
 
     @property
     def positions(self) -> int:
-        """That the rank holds. In attention, all positions of n/S heads, which is as much."""
+        """Positions that the rank holds. In attention, all positions of n/S heads, which is as much."""
         return math.ceil(self.whole_positions / self.sequence)
 
     @property
@@ -91,13 +91,13 @@ class Activations:
     blocks: int
     """Kept from all blocks, the embedding and the last norm, from the forward to the backward pass."""
     recomputed: int
-    """Of one block that is computed again, while its own backward pass runs."""
+    """Kept from one block that is computed again, while its own backward pass runs."""
     gradients: int
     """Gradients of activations inside one block, at most at once."""
     logits: int
     """Kept at the masked positions: their log-softmax and the hidden states it comes from."""
     logits_working: int
-    """Beside them, while the loss and its gradient are computed: logits in fp32 and in the precision of the head."""
+    """Logits in fp32 and in the precision of the head, beside them while the loss and its gradient are computed."""
 
     @property
     def saved(self) -> int:
@@ -110,68 +110,68 @@ class Activations:
         return self.blocks + max(self.logits + self.logits_working, self.recomputed + self.gradients)
 
 
-def activations(setting: Setting) -> Activations:
-    """Of one micro-batch on one rank."""
-    model, n = setting.model, setting.positions
+def activations(forward: ForwardPass) -> Activations:
+    """Return the bytes of one micro-batch on one rank."""
+    model, n = forward.model, forward.positions
     layers = model.resolved_layers
-    whole = [block_bytes(setting, layer) for layer in layers]
-    again = [bool(setting.checkpoint_every) and i % setting.checkpoint_every == 0 for i in range(len(layers))]
-    inputs = setting.residual_bytes * model.hidden_size * n
+    whole = [block_bytes(forward, layer) for layer in layers]
+    again = [bool(forward.checkpoint_every) and i % forward.checkpoint_every == 0 for i in range(len(layers))]
+    inputs = forward.residual_bytes * model.hidden_size * n
     kept: float = sum(inputs if recomputed else own for own, recomputed in zip(whole, again, strict=True))
-    kept += _norm(setting, model.hidden_size) * setting.masked
+    kept += _norm(forward, model.hidden_size) * forward.masked
     if model.dropout:
-        kept += _dropout(setting, setting.residual_bytes, compiled=False) * model.hidden_size * n
-    if setting.compute_bytes < setting.residual_bytes:
-        kept += setting.compute_bytes * _matrices(model, setting.vocab_size)
-    kept += _shared(setting)
-    logits = setting.masked * setting.vocab_size
+        kept += _dropout(forward, forward.residual_bytes, compiled=False) * model.hidden_size * n
+    if forward.compute_bytes < forward.residual_bytes:
+        kept += forward.compute_bytes * _matrices(model, forward.vocab_size)
+    kept += _shared(forward)
+    logits = forward.masked * forward.vocab_size
     return Activations(
         blocks=math.ceil(kept),
         recomputed=max((own for own, recomputed in zip(whole, again, strict=True) if recomputed), default=0),
-        gradients=4 * setting.compute_bytes * max(model.ffn_size, model.attention_size) * n + _exchanged(setting),
+        gradients=4 * forward.compute_bytes * max(model.ffn_size, model.attention_size) * n + _exchanged(forward),
         logits=logits * STATISTIC * (2 if model.z_loss else 1)
-        + setting.masked * (setting.compute_bytes * model.hidden_size + 8 + STATISTIC),
-        logits_working=logits * (STATISTIC + (setting.compute_bytes if setting.compute_bytes < STATISTIC else 0)),
+        + forward.masked * (forward.compute_bytes * model.hidden_size + 8 + STATISTIC),
+        logits_working=logits * (STATISTIC + (forward.compute_bytes if forward.compute_bytes < STATISTIC else 0)),
     )
 
 
-def _exchanged(setting: Setting) -> int:
+def _exchanged(forward: ForwardPass) -> int:
     """What is sent and received for q, k and v in the backward pass, besides their gradients; for shared rows only."""
-    if setting.sequence == 1:
+    if forward.sequence == 1:
         return 0
-    return 2 * 3 * setting.compute_bytes * setting.model.attention_size * setting.positions
+    return 2 * 3 * forward.compute_bytes * forward.model.attention_size * forward.positions
 
 
-def block_bytes(setting: Setting, layer: LayerConfig) -> int:
-    """What one block keeps."""
-    model, c, r = setting.model, setting.compute_bytes, setting.residual_bytes
+def block_bytes(forward: ForwardPass, layer: LayerConfig) -> int:
+    """Bytes that one block keeps."""
+    model, c, r = forward.model, forward.compute_bytes, forward.residual_bytes
     h, f = model.hidden_size, model.ffn_size
-    per_position = 2 * _norm(setting, h) + 2 * c * h
+    per_position = 2 * _norm(forward, h) + 2 * c * h
     # gate and up, their product, and the activation of the gate, which a compiled block computes again
-    per_position += c * f * (3 if setting.compiled else 4)
+    per_position += c * f * (3 if forward.compiled else 4)
     if model.dropout:
-        per_position += 2 * h * _dropout(setting, c, setting.compiled)
+        per_position += 2 * h * _dropout(forward, c, forward.compiled)
     if model.unet:
         per_position += r * h
-    return math.ceil(per_position * setting.positions + _attention(setting, layer))
+    return math.ceil(per_position * forward.positions + _attention(forward, layer))
 
 
-def _norm(setting: Setting, width: float) -> float:
+def _norm(forward: ForwardPass, width: float) -> float:
     """RMSNorm of `width` elements. On the CPU it is no single operation: two copies in fp32 stay."""
-    fused = setting.compiled or setting.on_gpu
-    return (setting.residual_bytes if fused else 2 * STATISTIC) * width + STATISTIC
+    fused = forward.compiled or forward.on_gpu
+    return (forward.residual_bytes if fused else 2 * STATISTIC) * width + STATISTIC
 
 
-def _dropout(setting: Setting, element_bytes: int, compiled: bool) -> int:
+def _dropout(forward: ForwardPass, element_bytes: int, compiled: bool) -> int:
     """Bytes of an element of what dropout keeps: a bit mask as bool on the GPU, on the CPU its scaled values."""
-    return 1 if setting.on_gpu or compiled else element_bytes
+    return 1 if forward.on_gpu or compiled else element_bytes
 
 
-def _attention(setting: Setting, layer: LayerConfig) -> float:
+def _attention(forward: ForwardPass, layer: LayerConfig) -> float:
     """What attention keeps, from the projection of q, k and v to the input of the projection of its output."""
-    model, c, n = setting.model, setting.compute_bytes, setting.positions
-    kernel, window = setting.kernel_of(layer), setting.window_of(layer)
-    whole, shared = setting.whole_positions, setting.sequence > 1
+    model, c, n = forward.model, forward.compute_bytes, forward.positions
+    kernel, window = forward.kernel_of(layer), forward.window_of(layer)
+    whole, shared = forward.whole_positions, forward.sequence > 1
     triangles, a = len(TRIANGLES[model.attention]), model.attention_size
     # q, k and v are views of one projection; rotary positions and norms make new q and k.
     # Of shared rows attention reads what was received, and the projection of its output reads what came back.
@@ -180,12 +180,12 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
     back = c * a if shared and triangles == 1 else 0
     reads_views = False
     # On the CPU sdpa computes in fp32, from copies of a half-precision q, k and v; its output is made half again.
-    widened = kernel == "sdpa" and not setting.on_gpu and c < STATISTIC
+    widened = kernel == "sdpa" and not forward.on_gpu and c < STATISTIC
     inside = STATISTIC if widened else c
     statistics: float = STATISTIC * model.num_heads * triangles
     if kernel == "dense":
         # copies of q, k and v, the weights of each triangle before and after NaN is cleared, outputs side by side
-        kept = c * (4.0 * a + 2 * model.num_heads * triangles * setting.length)
+        kept = c * (4.0 * a + 2 * model.num_heads * triangles * forward.length)
         statistics = 0
     elif window is not None and kernel == "sdpa":
         block = min(max(window, SMALLEST_BLOCK), whole)
@@ -193,10 +193,10 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
         filled = math.ceil(whole / block) * block / whole
         # padded copies of q, k and v, and the output; with two triangles also both outputs side by side
         kept = inside * a * (2 * filled + 2 * (filled + margin)) + (c * a if triangles == 2 or widened else back)
-    elif kernel == "sdpa" and setting.packed:
+    elif kernel == "sdpa" and forward.packed:
         # gathered q, k, v and the outputs, and what is put back into rows
-        kept = inside * 4 * setting.places * a + c * a
-        statistics *= setting.places
+        kept = inside * 4 * forward.packing_overhead * a + c * a
+        statistics *= forward.packing_overhead
     elif widened:
         kept = inside * (5.5 if triangles == 2 else 4) * a + c * a
     else:
@@ -205,16 +205,16 @@ def _attention(setting: Setting, layer: LayerConfig) -> float:
         reads_views = not shared
     kept += statistics
     if model.qk_norm:
-        kept += _qk_norm(setting, reads_views)
+        kept += _qk_norm(forward, reads_views)
     return kept * n
 
 
-def _qk_norm(setting: Setting, reads_views: bool) -> float:
+def _qk_norm(forward: ForwardPass, reads_views: bool) -> float:
     """Norms of q and k: their input, which the kernel may keep already, and on the CPU copies in fp32."""
-    model, c = setting.model, setting.compute_bytes
+    model, c = forward.model, forward.compute_bytes
     a, rows = model.attention_size, 2 * STATISTIC * model.num_heads * len(TRIANGLES[model.attention])
-    if setting.compiled or setting.on_gpu or c == STATISTIC:
-        copies = 0 if setting.compiled or setting.on_gpu else 2 * STATISTIC * a
+    if forward.compiled or forward.on_gpu or c == STATISTIC:
+        copies = 0 if forward.compiled or forward.on_gpu else 2 * STATISTIC * a
         return rows + copies + (0 if reads_views else 3 * c * a)
     return rows + 2 * 2 * STATISTIC * a
 
@@ -225,20 +225,20 @@ def _matrices(model: ModelConfig, vocab_size: int) -> int:
     return model.num_layers * (4 * h * a + 3 * h * model.ffn_size) + h * vocab_size
 
 
-def _shared(setting: Setting) -> int:
+def _shared(forward: ForwardPass) -> int:
     """What all layers share: rotary tables, and the masks of windows and of the dense kernel."""
-    model, n = setting.model, setting.whole_positions
+    model, n = forward.model, forward.whole_positions
     layers = model.resolved_layers
     thetas = {layer.rotary_theta for layer in layers if layer.rotary_theta is not None}
-    table = setting.positions if setting.packed else math.ceil(setting.length / setting.sequence)
+    table = forward.positions if forward.packed else math.ceil(forward.length / forward.sequence)
     # the cosines of a pair stand twice, its sines once
     total = len(thetas) * table * 3 * model.sub_head_size // 2 * STATISTIC
     triangles = len(TRIANGLES[model.attention])
-    for window, kernel in {(setting.window_of(layer), setting.kernel_of(layer)) for layer in layers}:
+    for window, kernel in {(forward.window_of(layer), forward.kernel_of(layer)) for layer in layers}:
         if kernel == "dense":
-            total += triangles * n * setting.length
+            total += triangles * n * forward.length
         elif window is not None and kernel == "sdpa":
             block = min(max(window, SMALLEST_BLOCK), n)
             sides = 3 if model.attention == "bidirectional" else 2
-            total += triangles * math.ceil(n / block) * block * sides * block * setting.compute_bytes
+            total += triangles * math.ceil(n / block) * block * sides * block * forward.compute_bytes
     return total

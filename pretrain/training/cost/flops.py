@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from pretrain.config.model import ModelConfig
 
-# Dense bf16 peaks without sparsity, in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
+"""FLOP/s in dense bf16 without sparsity, from the makers' data sheets."""
 
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Forward and backward, per token that goes through the encoder."""
+    """FLOPs of forward and backward pass, per token that goes through the encoder."""
 
     matrices: float
     """Projections and feed-forward layers."""
@@ -22,11 +22,11 @@ class FlopsPerToken:
     """The output matrix, per masked token."""
 
     def total(self, mask_rate: float) -> float:
-        """Per token, with triangles counted as triangles."""
+        """FLOPs per token, with triangles counted as triangles."""
         return self.matrices + self.attention + mask_rate * self.head_per_masked_token
 
     def total_as_full(self, mask_rate: float) -> float:
-        """Per token, with triangles counted as full attention."""
+        """FLOPs per token, with triangles counted as full attention."""
         return self.matrices + self.attention_as_full + mask_rate * self.head_per_masked_token
 
 

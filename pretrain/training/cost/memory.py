@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.training.zero.settings import Buckets
+from pretrain.config.run import RunConfig
+from pretrain.training.zero.settings import ZERO_STAGE, Buckets, accumulation_steps, arithmetic, overlaps
 
 FP32 = 4
 
@@ -24,11 +25,47 @@ SUB_GROUP = 1_000_000_000
 
 
 Groups = Sequence[Sequence[int]]
-"""Of each group of the optimizer, the number of elements of each of its parameters, in order."""
+"""Elements of each parameter, in order, for each group of the optimizer."""
 
 
 Moments = Sequence[int]
-"""Of each group, how many values the optimizer keeps for an element: AdamW two, Muon one."""
+"""Values that the optimizer keeps for an element (AdamW two, Muon one), for each of its groups."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the states of a run are spread over its ranks."""
+
+    stage: int
+    world_size: int
+    precision: str
+    """`fp32` or `bf16`."""
+    micro_batches: int
+    """Micro-batches of a rank in a step."""
+    offload: str = "none"
+    """For stages 1 to 3: see `training.offload`."""
+    reduce_in_fp32: bool = False
+    overlap: bool = False
+    """Stages 1 and 2 reduce gradients in two buckets by turns."""
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int, precision: str) -> "Spread":
+        """Return what a config says."""
+        training = config.training
+        return cls(
+            stage=ZERO_STAGE[training.sharding],
+            world_size=world_size,
+            precision=precision,
+            micro_batches=accumulation_steps(config, world_size),
+            offload=training.offload,
+            reduce_in_fp32=training.reduce_dtype == "fp32",
+            overlap=overlaps(config),
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """c."""
+        return 2 if arithmetic(self.precision, self.stage) == "bf16" else FP32
 
 
 @dataclass(frozen=True)
@@ -38,7 +75,7 @@ class ModelStates:
     weights: int
     """What the model computes with, and the fp32 master weights where they are others."""
     gradients: int
-    """Between two micro-batches of a step."""
+    """What is kept from one micro-batch of a step to the next."""
     optimizer: int
     """Moments and step counters."""
     host: int = 0
@@ -48,58 +85,45 @@ class ModelStates:
 
     @property
     def total(self) -> int:
-        """Of the device."""
+        """Bytes of the device."""
         return self.weights + self.gradients + self.optimizer
 
 
-def compute_bytes(stage: int, precision: str) -> int:
-    """c: without sharding bf16 is autocast over fp32 weights."""
-    return 2 if precision == "bf16" and stage > 0 else FP32
+def model_states(groups: Groups, moments: Moments, spread: Spread) -> ModelStates:
+    """Return the states of one rank.
 
-
-def model_states(
-    groups: Groups,
-    moments: Moments,
-    stage: int,
-    world_size: int,
-    precision: str,
-    accumulation: int,
-    offload: str = "none",
-) -> ModelStates:
-    """Of one rank at ZeRO `stage`; `accumulation` is the number of micro-batches in a step.
-
-    With `offload` (stages 1 to 3) master weights, moments and gradients in fp32 for the update are on the host, as are
-    the gradients of stages 2 and 3 between micro-batches; stages 1 and 2 copy weights and gradients there through
-    buffers. With `nvme` the moments, and at stage 3 the master weights, are in files.
+    With `offload` master weights, moments and gradients in fp32 for the update are on the host, as are the gradients of
+    stages 2 and 3 between micro-batches; stages 1 and 2 copy weights and gradients there through buffers. With `nvme`
+    the moments, and at stage 3 the master weights, are in files.
     """
-    c = compute_bytes(stage, precision)
-    elements = sum(map(sum, groups))
+    elements, stage, c = sum(map(sum, groups)), spread.stage, spread.weight_bytes
     if stage == 0:
         counters = FP32 * sum(map(len, groups))
         return ModelStates(FP32 * elements, FP32 * elements, FP32 * _kept(map(sum, groups), moments) + counters)
-    counters = FP32 * len(groups)
     if stage == 3:
-        held = [sum(math.ceil(numel / world_size) for numel in group) for group in groups]
-        own = sum(held)
-        # On one rank a partition is the whole parameter, and nothing needs to be gathered.
-        whole = Buckets.of(elements).persistent
-        kept = sum(n for group in groups for n in group if n <= whole) if world_size > 1 else 0
-        moments_bytes = FP32 * _kept(held, moments)
-        if offload != "none":
-            files = moments_bytes + FP32 * own if offload == "nvme" else 0
-            host = (2 * FP32 + c) * own + moments_bytes + counters - files
-            return ModelStates(c * (own + kept), 0, 0, host, files)
-        return ModelStates((c + FP32) * own + c * kept, c * own, moments_bytes + counters)
-    flat = [_flat(group, world_size) for group in groups]
-    own = sum(flat) // world_size
-    whole_gradients = stage == 1 and accumulation > 1
-    gradients = elements if whole_gradients else gradient_partition(groups, world_size)
-    moments_bytes = FP32 * _kept((elements // world_size for elements in flat), moments)
-    if offload != "none":
-        largest, files = c * max(map(max, groups)), moments_bytes if offload == "nvme" else 0
-        host = (2 * FP32 + c) * own + moments_bytes + counters + largest + (0 if stage == 1 else c * gradients) - files
-        return ModelStates(c * sum(flat) + largest, c * elements if stage == 1 else 0, 0, host, files)
-    return ModelStates(c * sum(flat) + FP32 * own, c * gradients, moments_bytes + counters)
+        held = [sum(math.ceil(numel / spread.world_size) for numel in group) for group in groups]
+        weights, gradients = sum(held) + _whole_on_every_rank(groups, spread.world_size), sum(held)
+    else:
+        flat = [_flat(group, spread.world_size) for group in groups]
+        held, weights = [numel // spread.world_size for numel in flat], sum(flat)
+        whole_gradients = stage == 1 and spread.micro_batches > 1
+        gradients = elements if whole_gradients else gradient_partition(groups, spread.world_size)
+    own, optimizer, counters = sum(held), FP32 * _kept(held, moments), FP32 * len(groups)
+    if spread.offload == "none":
+        return ModelStates(c * weights + FP32 * own, c * gradients, optimizer + counters)
+    on_host = (2 * FP32 + c) * own + optimizer + counters
+    in_files = (optimizer + (FP32 * own if stage == 3 else 0)) if spread.offload == "nvme" else 0
+    if stage == 3:
+        return ModelStates(c * weights, 0, 0, on_host - in_files, in_files)
+    buffer = c * max(map(max, groups))
+    on_host += buffer + (c * gradients if stage == 2 else 0)
+    return ModelStates(c * weights + buffer, c * elements if stage == 1 else 0, 0, on_host - in_files, in_files)
+
+
+def _whole_on_every_rank(groups: Groups, world_size: int) -> int:
+    """Elements of the small parameters that stage 3 keeps gathered; on one rank there is nothing to gather."""
+    limit = Buckets.of(sum(map(sum, groups))).persistent
+    return sum(numel for group in groups for numel in group if numel <= limit) if world_size > 1 else 0
 
 
 def _kept(elements: Iterable[int], moments: Moments) -> int:
@@ -132,44 +156,32 @@ class Buffers:
     """Bytes beside the states, on one rank."""
 
     communication: int
-    """In which gradients are reduced and, at stage 3, parameters gathered."""
+    """Buffers in which gradients are reduced and, at stage 3, parameters gathered."""
     update: int
-    """While the optimizer moves, when activations are gone: gradients in fp32."""
+    """Gradients in fp32 while the optimizer moves, when activations are gone."""
 
 
-def buffers(
-    groups: Groups,
-    stage: int,
-    world_size: int,
-    precision: str,
-    accumulation: int,
-    reduce_in_fp32: bool,
-    overlap: bool = False,
-    offload: bool = False,
-) -> Buffers:
-    """Of one rank; see `model_states`. `overlap` are two buckets by turns, at stages 1 and 2."""
-    elements = sum(map(sum, groups))
-    sizes = Buckets.of(elements)
+def buffers(groups: Groups, spread: Spread) -> Buffers:
+    """Return the buffers of one rank."""
+    elements, stage, world_size, c = sum(map(sum, groups)), spread.stage, spread.world_size, spread.weight_bytes
     if stage == 0:
         # Without sharding DeepSpeed flattens gradients into a bucket of their own where there are ranks to sum over.
         return Buffers(FP32 * min(elements, UNSHARDED_BUCKET) if world_size > 1 else 0, 0)
-    c = compute_bytes(stage, precision)
-    largest = max(map(max, groups))
+    sizes, largest, on_host = Buckets.of(elements), max(map(max, groups)), spread.offload != "none"
     bucket = max(sizes.reduced, largest)
     # A copy of a bucket, summed in place of it.
-    copied = FP32 * bucket if reduce_in_fp32 and c < FP32 else 0
+    copied = FP32 * bucket if spread.reduce_in_fp32 and c < FP32 else 0
     own = sum(_flat(group, world_size) for group in groups) // world_size
     if stage == 3:
         gathered = sizes.live + sizes.prefetched + largest if world_size > 1 else 0
-        update = 0 if offload else FP32 * min(own, SUB_GROUP)
-        return Buffers(c * (bucket + min(gathered, elements)) + copied, update)
+        return Buffers(c * (bucket + min(gathered, elements)) + copied, 0 if on_host else FP32 * min(own, SUB_GROUP))
     # From the second micro-batch on, its gradients are beside those that it is added to; offloaded ones go at once.
-    beside = stage == 2 and accumulation > 1 and not offload
+    beside = stage == 2 and spread.micro_batches > 1 and not on_host
     arriving = gradient_partition(groups, world_size) if beside else 0
-    buckets = bucket * (2 if overlap else 1)
-    return Buffers(c * (buckets + arriving) + copied, FP32 * own if c < FP32 and not offload else 0)
+    buckets = bucket * (2 if spread.overlap else 1)
+    return Buffers(c * (buckets + arriving) + copied, FP32 * own if c < FP32 and not on_host else 0)
 
 
 def checkpoint_bytes(groups: Groups, moments: Moments) -> int:
-    """On disk, from all ranks together: weights and moments in fp32; names and JSON come on top."""
+    """Bytes on disk from all ranks together: weights and moments in fp32; names and JSON come on top."""
     return FP32 * (sum(map(sum, groups)) + _kept(map(sum, groups), moments))

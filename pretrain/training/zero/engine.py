@@ -25,7 +25,7 @@ from pretrain.training.zero.muon import Muon
 from pretrain.training.zero.optimizer import build_optimizer, give_pieces, summarize_groups
 from pretrain.training.zero.partition import PARTITIONS, whole_shape
 from pretrain.training.zero.settings import (
-    COMPUTE,
+    COMPUTE_DTYPE,
     ZERO_STAGE,
     accumulation_steps,
     arithmetic,
@@ -34,7 +34,7 @@ from pretrain.training.zero.settings import (
     deepspeed_config,
     resolve_precision,
 )
-from pretrain.training.zero.timed_collectives import Section, time_collectives
+from pretrain.training.zero.timed_collectives import OpenSection, time_collectives
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ class Engine:
         self.arithmetic = arithmetic(self.precision, stage)
         self._encoder = model.encoder
         self._encoder.checkpoint_every = checkpoint_every(config)
-        if compiles(config, device):
+        if compiles(config, device.type == "cuda"):
             compile_blocks(self._encoder)
         self.parameter_shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
-        optimizer = build_optimizer(model, config.optimizer, COMPUTE[self.precision])
+        optimizer = build_optimizer(model, config.optimizer, COMPUTE_DTYPE[self.precision])
         for summary in summarize_groups(optimizer.param_groups, config.optimizer.learning_rate):
             log.info("optimizer: %s", summary)
         moments = {id(p): group["moments"] for group in optimizer.param_groups for p in group["params"]}
@@ -100,7 +100,7 @@ class Engine:
 
         return comm.cdb
 
-    def time_collectives(self, section: Section) -> None:
+    def time_collectives(self, section: OpenSection) -> None:
         """Open `section("communication")` while this rank is in a collective of DeepSpeed, or waits for one."""
         time_collectives(self.collectives, section)
 

@@ -12,7 +12,7 @@ from torch import nn
 from pretrain.config.training import OptimizerConfig
 from pretrain.model.encoder import GatedFeedForward, MaskedLanguageModel, SelfAttention
 from pretrain.training.zero.muon import Matrix, Muon, Piece
-from pretrain.training.zero.partition import Partition, whole_shape
+from pretrain.training.zero.partition import StatePartition, whole_shape
 
 MATRICES, OUTPUT, REST = "matrices", "output matrix", "norms and embeddings"
 """The groups, in order. The output matrix is among the matrices where nothing sets it apart from them."""
@@ -93,7 +93,7 @@ def build_optimizer(
     return Muon(groups, shared | config.muon.model_dump(), dtype)
 
 
-def give_pieces(muon: Muon, partition: Partition) -> None:
+def give_pieces(muon: Muon, partition: StatePartition) -> None:
     """Tell Muon where in ZeRO's flat tensors its matrices lie, on all ranks; collective."""
     flat = [tensor for _, tensor in partition.flat_parameters()]
     own: list[list[Piece]] = [[] for _ in flat]

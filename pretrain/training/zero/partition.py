@@ -40,7 +40,7 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-class Partition(ABC):
+class StatePartition(ABC):
     """One rank's part of a model and its optimizer."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Partition(ABC):
         return ()
 
 
-class Replicated(Partition):
+class Replicated(StatePartition):
     """Every rank holds everything, in torch's own tensors (stage 0)."""
 
     @property
@@ -150,7 +150,7 @@ class Replicated(Partition):
         return {name: parameter.grad.view(-1) for name, parameter in self._parameters.items()}
 
 
-class GroupPartition(Partition):
+class GroupPartition(StatePartition):
     """Each group of parameters lies end to end, and a rank holds a range of it (stages 1 and 2)."""
 
     def flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
@@ -183,7 +183,7 @@ class GroupPartition(Partition):
         return found
 
 
-class ParameterPartition(Partition):
+class ParameterPartition(StatePartition):
     """A rank holds an equal range of every parameter; the last ranks' ranges end in padding (stage 3)."""
 
     def flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
@@ -230,7 +230,7 @@ class ParameterPartition(Partition):
         return start, max(0, min(parameter.ds_numel - start, size))
 
 
-PARTITIONS: dict[int, type[Partition]] = {0: Replicated, 1: GroupPartition, 2: GroupPartition, 3: ParameterPartition}
+PARTITIONS: dict[int, type[StatePartition]] = {0: Replicated, 1: GroupPartition, 2: GroupPartition, 3: ParameterPartition}
 """How each ZeRO stage lays things out."""
 
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-Section = Callable[[str], AbstractContextManager[None]]
+OpenSection = Callable[[str], AbstractContextManager[None]]
 
 
 COLLECTIVES = (
@@ -28,7 +28,7 @@ COLLECTIVES = (
 class _TimedWork:
     """A collective that was started; waiting for it is communication."""
 
-    def __init__(self, work: Any, section: Section) -> None:
+    def __init__(self, work: Any, section: OpenSection) -> None:
         self._work, self._section = work, section
 
     def wait(self, *arguments: Any) -> Any:
@@ -40,13 +40,13 @@ class _TimedWork:
         return getattr(self._work, name)
 
 
-def _timed(method: Callable[..., Any], section: Section, *arguments: Any, **named: Any) -> Any:
+def _timed(method: Callable[..., Any], section: OpenSection, *arguments: Any, **named: Any) -> Any:
     with section("communication"):
         work = method(*arguments, **named)
     return _TimedWork(work, section) if hasattr(work, "wait") else work
 
 
-def time_collectives(backend: Any, section: Section) -> None:
+def time_collectives(backend: Any, section: OpenSection) -> None:
     """Open `section("communication")` while the host is in a collective of DeepSpeed's backend, or waits for one.
 
     On a CPU, that is how long the training waits for communication. A section that was there before is replaced.

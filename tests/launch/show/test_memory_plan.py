@@ -7,9 +7,8 @@ from time import process_time
 import pytest
 from rich.console import Console
 
-from launch.show.memory_plan import GPUS, brief_plan, hardware, plan_for, show_plan
+from launch.show.memory_plan import brief_plan, hardware, plan_for, show_plan
 from pretrain.errors import UserError
-from pretrain.training.cost.flops import peak_flops
 
 
 @pytest.fixture
@@ -69,10 +68,6 @@ def test_wrong_devices_are_answered():
         hardware("b300", 1, 1, None)
     with pytest.raises(UserError, match="3 ranks cannot share data.streams = 64"):
         plan_for("model/1m", [], hardware("h100", 1, 3, None))
-
-
-def test_peaks_are_those_that_training_reckons_with():
-    assert {name: peak for name, (_, peak) in GPUS.items()} == {name: peak_flops(name.upper()) for name in GPUS}
 
 
 def test_the_brief_plan_depends_on_no_machine():

@@ -17,7 +17,7 @@ from pretrain.config.model import ModelConfig
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.model.sequence_parallel import SequenceGroup
-from pretrain.training.cost.activations import Setting, activations
+from pretrain.training.cost.activations import ForwardPass, activations
 from pretrain.training.zero.construction import compile_blocks
 
 VOCAB, ROWS, LENGTH = 96, 3, 320
@@ -84,7 +84,7 @@ def both(
     layout = AttentionLayout.from_batch(batch)
     packed = not layout.one_document_per_row
     unpacked = sum(bucket.documents * bucket.longest for bucket in layout.unpacked.buckets)
-    setting = Setting(
+    forward = ForwardPass(
         model=config,
         vocab_size=VOCAB,
         rows=ROWS,
@@ -95,10 +95,10 @@ def both(
         checkpoint_every=every,
         compiled=backend is not None,
         packed=packed,
-        places=unpacked / batch.input_ids.numel(),
+        packing_overhead=unpacked / batch.input_ids.numel(),
         sequence=1 if ranks is None else ranks.size,
     )
-    return activations(setting).saved, saved_bytes(module, batch, precision == "autocast", ranks)
+    return activations(forward).saved, saved_bytes(module, batch, precision == "autocast", ranks)
 
 
 WINDOWS = [{"span": 16}, {"span": "global", "positions": "none"}]

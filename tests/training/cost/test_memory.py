@@ -12,9 +12,9 @@ from pretrain.config.load import validate
 from pretrain.config.training import OptimizerConfig
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.training.cost.memory import SUB_GROUP, compute_bytes, gradient_partition, model_states
+from pretrain.training.cost.memory import SUB_GROUP, Spread, gradient_partition, model_states
 from pretrain.training.zero.optimizer import parameter_groups
-from pretrain.training.zero.settings import Buckets
+from pretrain.training.zero.settings import ZERO_STAGE, Buckets
 from tests.ranks import run_on_ranks
 
 VOCAB, LENGTH = 2048, 16
@@ -25,7 +25,6 @@ WAYS = [
     ("full", "nvme"),
 ]
 """`sharding` and `offload`; `nvme` has in memory and files what `cpu` has in memory."""
-STAGES = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3}
 
 
 def config_of(sharding: str, precision: str, world_size: int, **training: str):
@@ -118,7 +117,8 @@ def measure(rank, world_size, folder):
             optimizer = sum(value.numel() * 4 for state in states for value in state.values())
             now = {address: size for address, size in storages().items() if before.get(address) != size}
             bucket = Buckets.of(sum(map(sum, groups))).reduced
-            total = sum(size for size in now.values() if size != bucket * compute_bytes(STAGES[sharding], precision))
+            weight_bytes = Spread.of(config, world_size, precision).weight_bytes
+            total = sum(size for size in now.values() if size != bucket * weight_bytes)
             reduced, files = train(engine, batch, steps=2), bytes_in_files(folder) - files_before
             results[sharding, precision, offload] = (total, optimizer, groups, reduced, files)
             del engine, states
@@ -131,7 +131,7 @@ def test_model_states_are_exactly_those_of_a_real_engine_on_the_rank_that_holds_
     ranks = run_on_ranks(measure, world_size, tmp_path / "ranks", world_size, tmp_path)
     for way, (_, optimizer, groups, reduced, files) in ranks[0].items():
         sharding, precision, offload = way
-        planned = model_states(groups, [2, 2], STAGES[sharding], world_size, precision, 4, offload)
+        planned = model_states(groups, [2, 2], Spread(ZERO_STAGE[sharding], world_size, precision, 4, offload))
         assert planned.optimizer == (optimizer if offload == "none" else 0), way
         # Every tensor has a file of its own: of each group two moments and, under full, the weights.
         assert 0 <= files - planned.files <= (4096 * 3 * len(groups) if planned.files else 0), way

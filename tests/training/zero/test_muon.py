@@ -13,7 +13,8 @@ from pretrain.config.training import OptimizerConfig
 from pretrain.errors import UserError
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
-from pretrain.training.cost.plan import Hardware, Plan
+from pretrain.training.cost.hardware import Hardware
+from pretrain.training.cost.plan import MemoryPlan
 from pretrain.training.zero.muon import Matrix, Parts, Piece, newton_schulz, orthogonal_update, owners, rounds
 from pretrain.training.zero.optimizer import build_optimizer, parameter_groups, summarize_groups
 
@@ -160,9 +161,9 @@ def test_settings_of_muon_without_muon_are_refused():
 
 def test_a_plan_has_one_moment_of_a_matrix_and_two_of_the_rest():
     hardware = Hardware("cpu", 2**33, 2, False, 2)
-    plans = {kind: Plan(load(f"optimizer.kind={kind}"), 512, hardware) for kind in ("adamw", "muon")}
+    plans = {kind: MemoryPlan(load(f"optimizer.kind={kind}"), 512, hardware) for kind in ("adamw", "muon")}
     saved = 4 * plans["muon"].optimizer.orthogonal
     assert saved > 0.8 * 4 * plans["muon"].parameters
-    assert plans["adamw"].checkpoint_bytes - plans["muon"].checkpoint_bytes == saved
+    assert plans["adamw"].optimizer.checkpoint_bytes - plans["muon"].optimizer.checkpoint_bytes == saved
     optimizer = {kind: plan.need(plan.configured).states.optimizer for kind, plan in plans.items()}
     assert optimizer["adamw"] - optimizer["muon"] == saved // 2

@@ -10,8 +10,8 @@ from pretrain.checkpoint.tensors import SavedFragments
 from pretrain.data.manifest import load_manifest
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
-from pretrain.training.cost.memory import model_states
-from pretrain.training.cost.plan import optimizer_shape
+from pretrain.training.cost.memory import Spread, model_states
+from pretrain.training.cost.need import optimizer_shape
 from pretrain.training.load import load_checkpoint
 from pretrain.training.zero.settings import ZERO_STAGE
 from tests.conftest import tiny_run
@@ -87,8 +87,7 @@ def test_every_stage_trains_as_one_rank_does_and_resumes_bit_for_bit(corpus_valu
     shape = optimizer_shape(alone.model, load_manifest(alone.corpus.path).tokenizer.vocab_size, alone.optimizer)
     for config, *states in zip(configs, *found, strict=True):
         assert curve(config) == pytest.approx(curve(alone), abs=TOLERANCE), config.name
-        stage = ZERO_STAGE[config.training.sharding]
-        planned = model_states(shape.sizes, shape.moments, stage, RANKS, "fp32", accumulation=2)
+        planned = model_states(shape.sizes, shape.moments, Spread.of(config, RANKS, "fp32"))
         assert states == [planned.optimizer] * RANKS, config.name
     assert math.dist(curve(alone), curve(adamw)) > 0.1
     resumed = [config_of(corpus_values, tmp_path, f"{config.name}-resumed", config.name) for config in configs]
