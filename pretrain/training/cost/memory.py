@@ -43,7 +43,7 @@ class Spread:
     micro_batches: int
     """Micro-batches of a rank in a step."""
     offload: str = "none"
-    """For stages 1 to 3: see `training.offload`."""
+    """Value of `training.offload`; at stage 0 none but `none`."""
     reduce_in_fp32: bool = False
     overlap: bool = False
     """Stages 1 and 2 reduce gradients in two buckets by turns."""

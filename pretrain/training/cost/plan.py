@@ -39,7 +39,7 @@ class Choice:
 
     @property
     def settings(self) -> dict[str, str | int]:
-        """Its keys and values in the section `training`."""
+        """Keys and values in the section `training`."""
         again = {0: "none", 1: "full"}.get(self.checkpoint_every, self.checkpoint_every)
         return {
             "sharding": self.sharding,
@@ -49,7 +49,7 @@ class Choice:
 
     @property
     def overrides(self) -> list[str]:
-        """Its settings, as KEY=VALUE of a command."""
+        """Settings as KEY=VALUE of a command."""
         return [f"training.{key}={value}" for key, value in self.settings.items()]
 
     def applied_to(self, config: RunConfig) -> RunConfig:
@@ -97,7 +97,7 @@ class MemoryPlan:
 
     @property
     def shardings(self) -> tuple[str, ...]:
-        """Those that are worth a thought, the least work first.
+        """Shardings that are worth a thought, the least work first.
 
         Alone, a rank in fp32 has nothing to share and would only hold copies; in bf16 `none` computes by autocast, and
         some settings do not go with it.

@@ -13,7 +13,7 @@ from pretrain.model.encoder import Block, Encoder, MaskedLanguageModel
 from pretrain.training.zero.settings import ZERO_STAGE, deepspeed_config, resolve_precision
 
 M_MMAP_THRESHOLD = -3
-"""Of glibc's mallopt: blocks from so many bytes on are mapped one by one."""
+"""Option of glibc's mallopt: blocks from so many bytes on are mapped one by one."""
 
 
 def compile_blocks(encoder: Encoder, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -32,7 +32,7 @@ def compile_blocks(encoder: Encoder, backend: str | Callable[..., Any] = "induct
 
 
 def load_deepspeed(device: torch.device) -> Any:
-    """Import it for this kind of device, which takes seconds and hundreds of megabytes."""
+    """Import DeepSpeed for this kind of device, which takes seconds and hundreds of megabytes."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
 

@@ -25,7 +25,7 @@ IN_MEMORY = {"tmpfs", "ramfs"}
 
 
 class TensorFiles:
-    """Of one rank, in one folder."""
+    """Tensors of one rank, in files of one folder."""
 
     def __init__(self, folder: str) -> None:
         """`folder` may name variables of the environment, as this node has them: `$TMPDIR`.

@@ -32,7 +32,7 @@ class Matrix:
 
     name: str
     rows: int
-    """Of all blocks together."""
+    """Rows of all blocks together."""
     columns: int
     blocks: int = 1
 
@@ -85,7 +85,7 @@ def orthogonal_update(momentum: Tensor, matrix: Matrix, steps: int, update_rms: 
 def initial_state(
     parameter: Tensor, moments: Iterable[str], zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like
 ) -> dict[str, Tensor]:
-    """Of a (flat) parameter before the first step: a step count, float32 [], and zeros, as `zeros_like` makes them."""
+    """Return the state of a (flat) parameter before the first step: a step count, float32 [], and zeros."""
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, **{name: zeros_like(parameter) for name in moments}}
 
@@ -178,7 +178,7 @@ class Muon(torch.optim.Optimizer):
                 self._parts[parameter] = Parts([matrix], [{matrix.name: Piece(matrix.name, 0, matrix.numel, 0)}], 0)
 
     def take_pieces(self, flat: Sequence[Tensor], pieces: Sequence[Sequence[Sequence[Piece]]], rank: int) -> None:
-        """From now on parameters are ZeRO's flat tensors.
+        """Take ZeRO's flat tensors for the parameters from now on.
 
         Args:
             flat: all of them.
@@ -259,7 +259,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def working_bytes(largest: int, shared: int, element: int) -> int:
-    """While the optimizer moves, beside states and gradients (an estimate).
+    """Estimate the bytes that Muon takes while it moves, beside states and gradients.
 
     Args:
         largest: elements of the largest matrix.

@@ -99,11 +99,10 @@ def give_pieces(muon: Muon, partition: StatePartition) -> None:
     own: list[list[Piece]] = [[] for _ in flat]
     for fragment, number, offset in partition.placed_weights():
         own[number].append(Piece(fragment.parameter, fragment.start, fragment.tensor.numel(), offset))
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    pieces = [own] * world_size
-    if world_size > 1:
+    pieces = [own] * partition.world_size
+    if partition.world_size > 1:
         dist.all_gather_object(pieces, own)
-    muon.take_pieces(flat, pieces, rank)
+    muon.take_pieces(flat, pieces, partition.rank)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class GroupSummary:
     tensors: int
     parameters: int
     learning_rate: float
-    """At its peak."""
+    """Learning rate at its peak."""
     weight_decay: float
 
     def __str__(self) -> str:
@@ -126,7 +125,7 @@ class GroupSummary:
 
 
 def summarize_groups(groups: Sequence[dict[str, Any]], learning_rate: float) -> list[GroupSummary]:
-    """Of groups that ZeRO has not taken yet; `learning_rate` is the config's."""
+    """Return what groups are that ZeRO has not taken yet; `learning_rate` is the config's."""
     return [
         GroupSummary(
             name=group["name"],

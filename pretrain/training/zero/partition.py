@@ -50,7 +50,7 @@ class StatePartition(ABC):
         # Any: DeepSpeed hangs what it knows of a parameter on the parameter.
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         self._optimizer, self._moments, self._offloaded = optimizer, moments, offloaded
-        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -67,7 +67,7 @@ class StatePartition(ABC):
 
     @abstractmethod
     def _held(self, parameter: Any, moment: str | None) -> tuple[int, Tensor] | None:
-        """Where this rank's part of a parameter begins, and its weights or a moment of them; None without a part."""
+        """Start of this rank's part of a parameter, and its weights or a moment of them; None without a part."""
 
     @abstractmethod
     def _gradients(self) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class StatePartition(ABC):
             yield Fragment(kind, name, *held)
 
     def own(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
-        """Those of its fragments that this rank answers for: on all ranks together, each value once."""
+        """Return the fragments, of these that it holds, that this rank answers for: over all ranks, each value once."""
         return iter(fragments)
 
     def placed_weights(self) -> Iterator[tuple[Fragment, int, int]]:
@@ -119,7 +119,7 @@ class StatePartition(ABC):
             self.torch_optimizer.state[parameter].update(initial_state(parameter, group["moments"], zeros_like))
 
     def movable_weights(self) -> Iterable[Tensor]:
-        """The fp32 weights whose memory may be replaced: none where DeepSpeed keeps views of it."""
+        """Return the fp32 weights whose memory may be replaced: none where DeepSpeed keeps views of it."""
         return ()
 
 
@@ -144,7 +144,7 @@ class Replicated(StatePartition):
 
     def own(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
         """Every `world_size`-th fragment: the ranks take turns."""
-        return (fragment for n, fragment in enumerate(fragments) if n % self._world_size == self._rank)
+        return (fragment for n, fragment in enumerate(fragments) if n % self.world_size == self.rank)
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: parameter.grad.view(-1) for name, parameter in self._parameters.items()}
@@ -154,7 +154,7 @@ class GroupPartition(StatePartition):
     """Each group of parameters lies end to end, and a rank holds a range of it (stages 1 and 2)."""
 
     def flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """This rank's range of each group."""
+        """Range of each group that this rank holds."""
         return list(
             zip(self.torch_optimizer.param_groups, self._optimizer.single_partition_of_fp32_groups, strict=True)
         )
@@ -165,7 +165,7 @@ class GroupPartition(StatePartition):
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def refresh_weights(self) -> None:
-        """Copy the rank's range, and gather those of the others."""
+        """Copy this rank's range, and gather those of the others."""
         self._optimizer.update_lp_params()
 
     def _held(self, parameter: Any, moment: str | None) -> tuple[int, Tensor] | None:
@@ -187,16 +187,16 @@ class ParameterPartition(StatePartition):
     """A rank holds an equal range of every parameter; the last ranks' ranges end in padding (stage 3)."""
 
     def flat_parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """This rank's ranges of many parameters, end to end."""
+        """Ranges of many parameters that this rank holds, end to end."""
         groups, group_of = self.torch_optimizer.param_groups, self._optimizer.sub_group_to_group_id
         return [(groups[group_of[n]], tensor) for n, tensor in enumerate(self._optimizer.fp32_partitioned_groups_flat)]
 
     def movable_weights(self) -> Iterable[Tensor]:
-        """All of them."""
+        """Return all that this rank holds."""
         return [tensor for _, tensor in self.flat_parameters()]
 
     def refresh_weights(self) -> None:
-        """Copy the rank's ranges, and gather the parameters that stay whole on every rank."""
+        """Copy this rank's ranges, and gather the parameters that stay whole on every rank."""
         zero = self._optimizer
         for index, master in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[index].data.copy_(master.data)
@@ -224,14 +224,14 @@ class ParameterPartition(StatePartition):
         return {name: of_parameter[id(p)][: self._range(p)[1]] for name, p in self._parameters.items()}
 
     def _range(self, parameter: Any) -> tuple[int, int]:
-        """Where this rank's range of a parameter begins, and how many elements it has without padding."""
+        """Start of this rank's range of a parameter, and its number of elements without padding."""
         size = parameter.ds_tensor.ds_numel
-        start = self._rank * size
+        start = self.rank * size
         return start, max(0, min(parameter.ds_numel - start, size))
 
 
-PARTITIONS: dict[int, type[StatePartition]] = {0: Replicated, 1: GroupPartition, 2: GroupPartition, 3: ParameterPartition}
-"""How each ZeRO stage lays things out."""
+PARTITIONS: tuple[type[StatePartition], ...] = (Replicated, GroupPartition, GroupPartition, ParameterPartition)
+"""How ZeRO lays things out, by stage."""
 
 
 def _place_in(view: Tensor, flat: list[Tensor]) -> tuple[int, int]:
