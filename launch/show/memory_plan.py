@@ -57,7 +57,7 @@ def hardware(gpu: str, nodes: int, gpus_per_node: int, peak_tflops: float | None
 
 
 def plan_for(name: str, overrides: Sequence[str], devices: Hardware) -> MemoryPlan:
-    """MemoryPlan the memory of a config, which need not name a corpus.
+    """Plan the memory of a config, which need not name a corpus.
 
     Raises:
         UserError: the batch or the streams cannot be divided by the devices.
