@@ -157,6 +157,13 @@ def test_buckets_are_parts_of_a_small_model_and_what_deepspeed_starts_with_for_a
     assert Buckets.of(1_000_013).reduced % 2 == 0, "DeepSpeed wants an even number"
 
 
+def test_stage_1_keeps_whole_gradients_only_where_micro_batches_accumulate():
+    groups = [[6, 4, 10]]
+    gradients = {n: model_states(groups, [2], Spread(1, 2, "bf16", micro_batches=n)).gradients for n in (1, 2)}
+    assert gradients == {1: 2 * gradient_partition(groups, 2), 2: 2 * 20}
+    assert gradients[1] < gradients[2]
+
+
 def test_a_parameter_on_the_border_of_two_ranks_has_its_gradient_on_both():
     assert gradient_partition([[6, 4, 10]], 1) == 20
     assert gradient_partition([[6, 4, 10]], 2) == 10

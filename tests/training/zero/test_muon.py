@@ -135,6 +135,9 @@ def test_a_matrix_comes_together_where_much_of_it_is_and_work_is_shared_out(monk
     assert [owner for _, owner in owners(matrices, quarters)] == [0, 1, 2, 3]
     mostly = [{"0": Piece("0", 0, 10, 0)}, {"0": Piece("0", 10, 54, 0)}]
     assert owners(matrices[:1], mostly) == [(matrices[0], 1)]
+    # The rank with half of what the largest holder has may own a matrix, the one with less may not.
+    parts = [{m.name: Piece(m.name, 0, length, 0) for m in matrices} for length in (40, 20, 4)]
+    assert [owner for _, owner in owners(matrices, parts)] == [0, 1, 0, 1]
     monkeypatch.setattr("pretrain.training.zero.muon.ROUND", 100)
     owned = list(zip(matrices, [0, 1, 0, 1], strict=True))
     assert rounds(owned, 2) == [owned[:2], owned[2:]]
