@@ -21,8 +21,8 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
 
 if TYPE_CHECKING:
-    from pretrain.evaluation.context.evaluate import Finished
-    from pretrain.evaluation.context.plan import Plan
+    from pretrain.evaluation.context.evaluate import FinishedEvaluation
+    from pretrain.evaluation.context.plan import EvaluationPlan
     from pretrain.evaluation.report.schema import ContextReport
 
 _LOOK_EVERY = 5
@@ -63,11 +63,11 @@ def evaluate_context(
         command: what the user typed, for the report.
 
     Raises:
-        UserError: see `make_plan`; or more ranks than GPUs.
+        UserError: see `plan_evaluation`; or more ranks than GPUs.
         KeyboardInterrupt: the ranks were asked to stop; the same command goes on.
         EvaluationFailedError: a rank failed.
     """
-    from pretrain.evaluation.context.evaluate import evaluate
+    from pretrain.evaluation.context.evaluate import run_evaluation
     from pretrain.evaluation.context.planning import Request
     from pretrain.evaluation.report.writing import write_context_report
 
@@ -85,17 +85,19 @@ def evaluate_context(
     )
     with StageProgress(console) as progress:
 
-        def run_on_ranks(plan: "Plan", folder: Path, ranks: int) -> None:
+        def run_on_ranks(plan: "EvaluationPlan", folder: Path, ranks: int) -> None:
             _run_on_ranks(plan, folder, ranks, console, progress.report)
 
-        finished = evaluate(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
+        finished = run_evaluation(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
     if recalibrate is not None:
         finished = _recalibrated(finished, recalibrate, num_ranks, console)
     write_context_report(run, finished.folder, finished.report)
     show_report(finished.report, finished.folder, console)
 
 
-def _recalibrated(finished: "Finished", tokens: int, num_ranks: int, console: Console) -> "Finished":
+def _recalibrated(
+    finished: "FinishedEvaluation", tokens: int, num_ranks: int, console: Console
+) -> "FinishedEvaluation":
     """Train on long rows from the report's checkpoint on, or go on with that training, and measure it."""
     from pretrain.config.topology import check_topology
     from pretrain.evaluation.context.evaluate import evaluate_recalibrated
@@ -143,7 +145,7 @@ def show_report(report: "ContextReport", folder: Path, console: Console) -> None
 
 
 def _run_on_ranks(
-    plan: "Plan", folder: Path, num_ranks: int, console: Console, report: Callable[[str, int, int], None]
+    plan: "EvaluationPlan", folder: Path, num_ranks: int, console: Console, report: Callable[[str, int, int], None]
 ) -> None:
     """Have the parts of a plan computed by processes of this machine; must be called from the main thread."""
     from pretrain.evaluation.context.work import missing_parts

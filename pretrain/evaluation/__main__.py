@@ -25,13 +25,13 @@ def main(folder: Path) -> int:
     from pretrain.evaluation.context.plan import share_out
     from pretrain.evaluation.context.planning import load_plan
     from pretrain.evaluation.context.session import Session
-    from pretrain.evaluation.context.work import part_path, run_parts
+    from pretrain.evaluation.context.work import is_missing, run_parts
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         plan = load_plan(folder)
         own = share_out(plan.parts(), world_size)[rank]
-        missing = [part for part in own if not part_path(folder, plan, part).is_file()]
+        missing = [part for part in own if is_missing(folder, plan, part)]
         if not missing:
             return EXIT_DONE
         on_gpu = torch.cuda.is_available()

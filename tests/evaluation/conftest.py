@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.config.run import RunConfig
 from pretrain.data.manifest import load_manifest
-from pretrain.evaluation.context.evaluate import Finished, evaluate
+from pretrain.evaluation.context.evaluate import FinishedEvaluation, run_evaluation
 from pretrain.evaluation.context.planning import Request
 from pretrain.evaluation.report.writing import write_context_report
 from pretrain.run.folder import RunFolder
@@ -33,8 +33,8 @@ def trained(tmp_path_factory, corpus_values) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def evaluated(trained) -> Finished:
+def evaluated(trained) -> FinishedEvaluation:
     """The evaluation as it is after every training, and its report written."""
-    finished = evaluate(Request(trained.run_folder), command=["diptych", "evaluate", "context", "run"])
+    finished = run_evaluation(Request(trained.run_folder), command=["diptych", "evaluate", "context", "run"])
     write_context_report(RunFolder.of(trained), finished.folder, finished.report)
     return finished

@@ -58,7 +58,7 @@ def triangle_statistics(q: Tensor, k: Tensor, kind: Kind, window: int | None) ->
 
 
 def _one(q: Tensor, k: Tensor, allowed: Tensor, ahead: Tensor, queries: Tensor) -> Tensor:
-    """Of one triangle: q [B, S, n, d], k [B, L, n, d], allowed and ahead [S, L]."""
+    """Return the statistics of one triangle: q [B, S, n, d], k [B, L, n, d], allowed and ahead [S, L]."""
     scores = torch.einsum("bsnd,blnd->bnsl", q.float(), k.float()) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~allowed, -math.inf)
     weights = scores.softmax(dim=-1)
@@ -82,7 +82,7 @@ def _mass(values: Tensor, counts: Tensor) -> Tensor:
 
 @contextmanager
 def watch_attention(encoder: Encoder, seen: list[list[Tensor]]) -> Iterator[None]:
-    """Inside, every forward pass appends one list to `seen`: for each layer what `triangle_statistics` returns."""
+    """Append a list to `seen` in every forward pass inside: for each layer what `triangle_statistics` returns."""
 
     def look(block: Any, arguments: tuple[Any, ...]) -> None:
         x, _, rotary, _, skips = arguments

@@ -1,6 +1,6 @@
-"""Readings: ways to read rows longer than those trained on that touch no weight, and encoders with a triangle off.
+"""Interventions: ways to read rows longer than those trained on that touch no weight, and encoders with a triangle off.
 
-A reading is set for rows of one length and taken back afterwards. `plain` is the encoder as it was trained.
+An intervention is set for rows of one length and taken back afterwards. `plain` is the encoder as it was trained.
 """
 
 import math
@@ -37,35 +37,35 @@ FACTORED = frozenset({"interpolation", "ntk", "yarn"})
 """Set for one longest length: at the training length they change the encoder too, by the same factor."""
 
 
-def reason_against(reading: Intervention, config: ModelConfig, training_length: int) -> str | None:
-    """Why a reading has no meaning for an encoder; None if it has one."""
+def reason_against(intervention: Intervention, config: ModelConfig, training_length: int) -> str | None:
+    """Why an intervention has no meaning for an encoder; None if it has one."""
     sees_far = any(layer.window is None or layer.window > training_length for layer in config.resolved_layers)
-    if reading in (*_SCALINGS, "dropped") and not config.rotates:
+    if intervention in (*_SCALINGS, "dropped") and not config.rotates:
         return "no layer has rotary positions"
-    if reading == "dropped" and config.drop_positions_after is not None:
+    if intervention == "dropped" and config.drop_positions_after is not None:
         return "the encoder drops its positions in training"
     rotates_far = any(
         layer.positions == "rotary" and (layer.window is None or layer.window > training_length)
         for layer in config.resolved_layers
     )
-    if reading in _SCALINGS and not rotates_far:
+    if intervention in _SCALINGS and not rotates_far:
         return "every rotary layer is limited to a window that it was trained on"
-    if reading in ("log_length", "windowed") and not sees_far:
+    if intervention in ("log_length", "windowed") and not sees_far:
         return "no layer sees further than the training length"
-    if reading in ABLATIONS and config.attention != "dual_triangle":
+    if intervention in ABLATIONS and config.attention != "dual_triangle":
         return f"{config.attention} attention has no two triangles"
     return None
 
 
 @contextmanager
-def reading_with(
-    encoder: Encoder, reading: Intervention, length: int, training_length: int, factor: float = 1.0
+def intervene(
+    encoder: Encoder, intervention: Intervention, length: int, training_length: int, factor: float = 1.0
 ) -> Iterator[None]:
     """Read rows of `length` so inside; the encoder is as before afterwards.
 
     Args:
         encoder: to be changed and restored.
-        reading: which.
+        intervention: which.
         length: positions of the rows.
         training_length: positions of the rows trained on.
         factor: of the rotary scalings: longest length that they are set for / training length.
@@ -75,17 +75,17 @@ def reading_with(
     windows, scales = [b.attention.window for b in blocks], [b.attention.query_scale for b in blocks]
     hooks = []
     try:
-        if reading in _SCALINGS:
-            kind: Any = reading
+        if intervention in _SCALINGS:
+            kind: Any = intervention
             encoder.rotary_scaling = RotaryScaling(kind, max(factor, 1.0), training_length)
-        elif reading == "dropped":
+        elif intervention == "dropped":
             encoder.positions_dropped = True
-        elif reading == "log_length":
+        elif intervention == "log_length":
             _scale_by_log_length(encoder, length, training_length)
-        elif reading == "windowed":
+        elif intervention == "windowed":
             _limit_windows(encoder, training_length)
-        elif reading in ABLATIONS:
-            side = "past" if reading == "without_past" else "future"
+        elif intervention in ABLATIONS:
+            side = "past" if intervention == "without_past" else "future"
             hooks = [_switch_off(block, side) for block in blocks]
         yield
     finally:

@@ -6,7 +6,7 @@ interrupted goes on with the same plan, and ranks need not talk to each other.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
 
-Kind = Literal["scores", "task", "attention", "pseudo"]
+PartKind = Literal["scores", "task", "attention", "pseudo"]
 
 
 Task = Literal["passkey", "multikey", "copy"]
@@ -46,34 +46,34 @@ PSEUDO_UP_TO = 4
 class Part:
     """A piece of work."""
 
-    kind: Kind
+    kind: PartKind
     multiple: float
-    reading: Intervention = "plain"
+    intervention: Intervention = "plain"
     factor: float = 1.0
-    """Of the reading."""
+    """Factor of the intervention."""
     task: Task | None = None
     first: int = 0
     """First window."""
     last: int = 0
     """Window after the last."""
     positions: int = 0
-    """That are put through the model."""
+    """Positions that are put through the model."""
     length: int = 0
-    """Of a row."""
+    """Positions of a row."""
 
     @property
     def cost(self) -> float:
-        """For sharing the work out: a layer's matrices cost as much as attention over some thousand positions."""
+        """Weight for sharing out work: a layer's matrices cost as much as attention over some thousand positions."""
         return self.positions * (1 + self.length / 4096)
 
     @property
     def name(self) -> str:
-        """Of its file."""
-        words = [self.kind, self.task or "", self.reading, f"{self.multiple:g}x", f"f{self.factor:g}", f"{self.first}"]
-        return "-".join(word for word in words if word)
+        """Name of its file."""
+        what = f"{self.kind}-{self.task}" if self.task else self.kind
+        return f"{what}-{self.intervention}-{self.multiple:g}x-f{self.factor:g}-{self.first}"
 
 
-class Plan(Section):
+class EvaluationPlan(Section):
     """What one evaluation measures."""
 
     format: Literal[1] = 1
@@ -91,8 +91,8 @@ class Plan(Section):
     """What was left out -> why."""
     windows: int
     reading_windows: int
-    """The first of the windows, on which readings are compared."""
-    readings: list[Intervention]
+    """The first of the windows, on which interventions are compared."""
+    interventions: list[Intervention]
     ablations: list[Intervention]
     """Triangles to switch off."""
     tasks: list[Task]
@@ -107,7 +107,7 @@ class Plan(Section):
 
     @property
     def key(self) -> str:
-        """Of everything above: parts of another plan are not mixed in."""
+        """Digest of all that decides the numbers: parts of another plan are not mixed in."""
         return hashlib.sha256(self.model_dump_json(exclude={"budget"}).encode()).hexdigest()[:12]
 
     @property
@@ -126,78 +126,68 @@ class Plan(Section):
 
     @property
     def long_multiples(self) -> list[float]:
-        """Those beyond the training length."""
+        """Multiples beyond the training length."""
         return [m for m in self.multiples if m > 1]
-
-    def parts(self) -> list[Part]:
-        """All of it, in an order in which the headline comes first."""
-        return [
-            *self._scores(self.windows, "plain", self.multiples),
-            *self._reading_parts(),
-            *self._ablation_parts(),
-            *self._task_parts(),
-            *(self._part("attention", m, last=self.attention_windows) for m in self._whole if self.attention_windows),
-            *(
-                self._part("pseudo", m, last=self.pseudo_targets)
-                for m in self._whole
-                if m <= PSEUDO_UP_TO and self.pseudo_targets
-            ),
-        ]
 
     @property
     def _whole(self) -> list[float]:
         return [m for m in self.multiples if m >= 1]
 
+    def parts(self) -> list[Part]:
+        """All of it, in an order in which the headline comes first."""
+        attention = [self._windows("attention", m, self.attention_windows) for m in self._whole]
+        pseudo = [self._windows("pseudo", m, self.pseudo_targets) for m in self._whole if m <= PSEUDO_UP_TO]
+        return [
+            *self._scores(self.windows, "plain", self.multiples),
+            *self._intervention_parts(),
+            *self._ablation_parts(),
+            *self._task_parts(),
+            *(part for part in (*attention, *pseudo) if part.last),
+        ]
+
+    def _windows(self, kind: PartKind, multiple: float, last: int, first: int = 0) -> Part:
+        """Return a part of the windows from `first` up to `last`."""
+        length = self.length(multiple)
+        positions = (last - first) * max(length, self.training_length)
+        return Part(kind, multiple, first=first, last=last, positions=positions, length=length)
+
     def _scores(
-        self, windows: int, reading: Intervention, multiples: Sequence[float], factor: float | None = None
+        self, windows: int, intervention: Intervention, multiples: Sequence[float], factor: float | None = None
     ) -> list[Part]:
         parts = []
         for multiple in multiples:
             size = max(1, TOKENS_PER_PART // max(self.length(multiple), self.training_length))
-            used = factor if factor is not None else max(multiple, 1.0)
-            parts += [
-                self._part("scores", multiple, reading, used if reading in FACTORED else 1.0, first, last)
-                for first in range(0, windows, size)
-                for last in [min(first + size, windows)]
-            ]
+            used = (factor or max(multiple, 1.0)) if intervention in FACTORED else 1.0
+            for first in range(0, windows, size):
+                part = self._windows("scores", multiple, min(first + size, windows), first)
+                parts.append(replace(part, intervention=intervention, factor=used))
         return parts
 
-    def _part(
-        self,
-        kind: Kind,
-        multiple: float,
-        reading: Intervention = "plain",
-        factor: float = 1.0,
-        first: int = 0,
-        last: int = 0,
-        task: Task | None = None,
-        rows: int | None = None,
-    ) -> Part:
-        length = self.length(multiple)
-        positions = (rows if rows is not None else last - first) * max(length, self.training_length)
-        return Part(kind, multiple, reading, factor, task, first, last, positions, length)
-
-    def _reading_parts(self) -> list[Part]:
-        """Each reading at every longer length, and at the training length with the factors that it was set for."""
+    def _intervention_parts(self) -> list[Part]:
+        """Each intervention at every longer length, and at the training length with the factors that it was set for."""
         parts = []
-        for reading in self.readings:
-            parts += self._scores(self.reading_windows, reading, self.long_multiples)
-            factors = self.long_multiples if reading in FACTORED else [1.0]
-            for factor in factors if self.long_multiples else []:
-                parts += self._scores(self.reading_windows, reading, [1.0], factor)
+        for name in self.interventions if self.long_multiples else []:
+            parts += self._scores(self.reading_windows, name, self.long_multiples)
+            for factor in self.long_multiples if name in FACTORED else [1.0]:
+                parts += self._scores(self.reading_windows, name, [1.0], factor)
         return parts
 
     def _ablation_parts(self) -> list[Part]:
         lengths = list(dict.fromkeys([1.0, self.multiples[-1]]))
-        return [part for reading in self.ablations for part in self._scores(self.reading_windows, reading, lengths)]
+        return [part for name in self.ablations for part in self._scores(self.reading_windows, name, lengths)]
 
     def _task_parts(self) -> list[Part]:
         """Every task at every length; which triangle carries the answer, up to twice the training length."""
         parts = []
         for multiple in self._whole:
-            rows = num_rows(self.length(multiple), self.training_length, self.task_samples)
-            for reading in ("plain", *(self.ablations if multiple <= ABLATED_TASKS_UP_TO else ())):
-                parts += [self._part("task", multiple, reading, task=task, rows=rows) for task in self.tasks]
+            length = self.length(multiple)
+            positions = num_rows(length, self.training_length, self.task_samples) * length
+            names: list[Intervention] = ["plain", *(self.ablations if multiple <= ABLATED_TASKS_UP_TO else ())]
+            parts += [
+                Part("task", multiple, name, task=task, positions=positions, length=length)
+                for name in names
+                for task in self.tasks
+            ]
         return parts
 
 

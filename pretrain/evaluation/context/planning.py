@@ -4,21 +4,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from pretrain.checkpoint.folder import load_state
+from pretrain.checkpoint.format import TrainingState
 from pretrain.checkpoint.verify import find_checkpoint
 from pretrain.config.run import RunConfig
 from pretrain.config.section import Section
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.context.interventions import ABLATIONS, INTERVENTIONS, reason_against
-from pretrain.evaluation.context.plan import TASKS, Plan
+from pretrain.evaluation.context.plan import TASKS, EvaluationPlan
 from pretrain.evaluation.context.session import Session, checkpoint_digest, config_of_run
-from pretrain.evaluation.context.windows import Ids, make_rows, read_documents, window_length
-from pretrain.evaluation.report.titles import Intervention
+from pretrain.evaluation.context.windows import TokenIds, long_documents, make_rows, window_length
 from pretrain.files import write_json
 from pretrain.run.folder import RunFolder
 
@@ -26,7 +27,7 @@ MIN_DOCUMENTS = 4
 """Fewer documents than this say nothing about a length."""
 
 
-PLAN = "plan.json"
+PLAN_FILE = "plan.json"
 
 
 FULL = {"windows": 4, "reading_windows": 8, "task_samples": 8, "attention_windows": 4, "pseudo_targets": 8}
@@ -61,11 +62,11 @@ class _SavedPlan(Section):
     """plan.json: which request made the plan, so that the same one goes on with it."""
 
     request: dict[str, str]
-    plan: Plan
+    plan: EvaluationPlan
 
 
 def report_folder(request: Request, split: str) -> Path:
-    """Where an evaluation is written: `context` for the newest checkpoint on the run's own test split."""
+    """Return the folder of an evaluation: `context` for the newest checkpoint on the run's own test split."""
     words = ["context"]
     words += [split] if split != "test" else []
     words += [request.corpus.name] if request.corpus is not None else []
@@ -73,7 +74,7 @@ def report_folder(request: Request, split: str) -> Path:
     return RunFolder(request.run_folder).evaluation / "-".join(words)
 
 
-def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[Ids]]:
+def plan_evaluation(request: Request, device: torch.device) -> tuple[EvaluationPlan, Path, list[TokenIds]]:
     """Plan an evaluation, or take up the plan of the same request that was interrupted.
 
     Returns:
@@ -93,48 +94,58 @@ def make_plan(request: Request, device: torch.device) -> tuple[Plan, Path, list[
             "Restore that corpus, or name this one with --corpus if it is of the same tokenizer"
         )
     config = config.in_phase(config.phase_at(state.tokens_seen))
-    documents = read_documents(config, manifest)
-    multiples, skipped = _measurable(request, config, [len(ids) for ids in documents])
-    possible, reasons = _possible_readings(config)
-    evaluation = config.evaluation
-    numbers = {key: getattr(evaluation, key) * (FULL[key] if request.full else 1) for key in FULL}
-    longest = window_length(multiples[-1], config.data.sequence_length)
-    blocks = sum(len(ids) // config.data.sequence_length for ids in documents if len(ids) >= longest)
-    base = {
-        "run_folder": request.run_folder,
-        "step": state.step,
-        "checkpoint_sha256": checkpoint_digest(checkpoint),
-        "corpus": config.corpus.path,
-        "fingerprint": manifest.fingerprint,
-        "split": evaluation.split,
-        "seed": config.seed,
-        "training_length": config.data.sequence_length,
-        "readings": [reading for reading in INTERVENTIONS if reading in possible],
-        "ablations": [reading for reading in ABLATIONS if reading in possible],
-        "tasks": list(TASKS if request.full else ("passkey", "copy")),
-        "tokens_per_batch": evaluation.tokens_per_batch,
-        "context_threshold": evaluation.context_threshold,
-    }
-    base |= {"multiples": multiples, "skipped": skipped | reasons, **_bounded(numbers, blocks)}
-    plan = Plan.model_validate(base)
-    folder = report_folder(request, evaluation.split)
+    documents = long_documents(config, manifest)
+    plan = _whole_plan(request, config, checkpoint, state, [len(ids) for ids in documents])
+    folder = report_folder(request, config.evaluation.split)
     asked = {key: str(value) for key, value in (asdict(request) | {"base": plan.key}).items()}
-    saved = _saved_plan(folder / PLAN)
+    saved = _saved_plan(folder / PLAN_FILE)
     if saved is not None and saved.request == asked:
         return saved.plan, folder, documents
     if request.budget_s is not None:
         plan = _within_budget(plan, request.budget_s, device, documents)
-    write_json(folder / PLAN, _SavedPlan(request=asked, plan=plan).model_dump(mode="json"))
+    write_json(folder / PLAN_FILE, _SavedPlan(request=asked, plan=plan).model_dump(mode="json"))
     return plan, folder, documents
 
 
-def load_plan(folder: Path) -> Plan:
+def _whole_plan(
+    request: Request, config: RunConfig, checkpoint: Path, state: TrainingState, document_lengths: Sequence[int]
+) -> EvaluationPlan:
+    """Return all that can be measured, without regard to a time limit."""
+    evaluation, block = config.evaluation, config.data.sequence_length
+    multiples, skipped = _measurable(request, config, document_lengths)
+    names = (*INTERVENTIONS, *ABLATIONS)
+    reasons: dict[str, str] = {
+        name: why for name in names if (why := reason_against(name, config.model, block)) is not None
+    }
+    numbers = {key: getattr(evaluation, key) * (FULL[key] if request.full else 1) for key in FULL}
+    longest = window_length(multiples[-1], block)
+    return EvaluationPlan(
+        run_folder=request.run_folder,
+        step=state.step,
+        checkpoint_sha256=checkpoint_digest(checkpoint),
+        corpus=config.corpus.path,
+        fingerprint=load_manifest(config.corpus.path).fingerprint,
+        split=evaluation.split,
+        seed=config.seed,
+        training_length=block,
+        multiples=multiples,
+        skipped={**skipped, **reasons},
+        interventions=[name for name in INTERVENTIONS if name not in reasons],
+        ablations=[name for name in ABLATIONS if name not in reasons],
+        tasks=list(TASKS if request.full else ("passkey", "copy")),
+        tokens_per_batch=evaluation.tokens_per_batch,
+        context_threshold=evaluation.context_threshold,
+        **_bounded(numbers, sum(n // block for n in document_lengths if n >= longest)),
+    )
+
+
+def load_plan(folder: Path) -> EvaluationPlan:
     """The plan of a report's folder.
 
     Raises:
         UserError: there is none.
     """
-    saved = _saved_plan(folder / PLAN)
+    saved = _saved_plan(folder / PLAN_FILE)
     if saved is None:
         raise UserError(f"there is no plan of an evaluation in {folder}; run `diptych evaluate context` again")
     return saved.plan
@@ -147,24 +158,11 @@ def _saved_plan(path: Path) -> _SavedPlan | None:
         return None
 
 
-def _bounded(numbers: dict[str, int], blocks: int) -> dict[str, int]:
-    """No more windows than there are blocks to draw, and no more in parts of them than there are windows."""
+def _bounded(numbers: dict[str, int], blocks: int) -> dict[str, Any]:
+    """Return no more windows than there are blocks to draw, and no more in parts of them than there are windows."""
     windows = numbers["windows"] = min(numbers["windows"], blocks)
     parts = ("reading_windows", "attention_windows", "pseudo_targets")
     return {key: min(value, windows) if key in parts else value for key, value in numbers.items()}
-
-
-def _possible_readings(config: RunConfig) -> tuple[list[Intervention], dict[str, str]]:
-    """Readings that have a meaning for the run's encoder, and why the others have none."""
-    possible: list[Intervention] = []
-    skipped: dict[str, str] = {}
-    for reading in (*INTERVENTIONS, *ABLATIONS):
-        reason = reason_against(reading, config.model, config.data.sequence_length)
-        if reason is None:
-            possible.append(reading)
-        else:
-            skipped[reading] = reason
-    return possible, skipped
 
 
 def _measurable(
@@ -217,7 +215,9 @@ def _offer(config: RunConfig, document_lengths: Sequence[int], fits: Sequence[fl
 # ------------------------------------------------------------------------------------------------ the time limit
 
 
-def _within_budget(plan: Plan, budget_s: float, device: torch.device, documents: list[Ids]) -> Plan:
+def _within_budget(
+    plan: EvaluationPlan, budget_s: float, device: torch.device, documents: list[TokenIds]
+) -> EvaluationPlan:
     """The most that fits: fewer windows and samples first, then without the longest lengths.
 
     Raises:
@@ -230,12 +230,12 @@ def _within_budget(plan: Plan, budget_s: float, device: torch.device, documents:
         for share in (1, 2, 4, 8):
             numbers = {key: max(getattr(plan, key) // share, min(getattr(plan, key), _LEAST[key])) for key in FULL}
             update = {**numbers, "multiples": multiples, "skipped": skipped}
-            tried = Plan.model_validate(plan.model_dump() | update)
+            tried = EvaluationPlan.model_validate(plan.model_dump() | update)
             expected = sum(part.positions * seconds[part.multiple] for part in tried.parts())
             if expected <= available:
                 text = (
                     f"{budget_s:.0f} s: planned {expected:.0f} s with {numbers['windows']} windows, "
-                    f"{numbers['reading_windows']} for readings, at {', '.join(f'{m:g}x' for m in multiples)}"
+                    f"{numbers['reading_windows']} for interventions, at {', '.join(f'{m:g}x' for m in multiples)}"
                 )
                 return tried.model_copy(update={"budget": text})
         if multiples[-1] <= 1:

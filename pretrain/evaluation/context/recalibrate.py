@@ -4,22 +4,16 @@ It is a run of its own inside the evaluation's folder, made by the trainer as an
 phase. It begins with the checkpoint's weights, moments and place in the stream, and its learning rate falls over it.
 """
 
-from pathlib import Path
-
 from pretrain.checkpoint.folder import load_state
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.run import PhaseConfig, RunConfig
 from pretrain.config.training import ScheduleConfig
 from pretrain.errors import UserError
-from pretrain.evaluation.context.plan import Plan
-from pretrain.evaluation.context.results import Evaluation
-from pretrain.evaluation.context.session import Session
-from pretrain.evaluation.context.statistics import DocumentBootstrap
-from pretrain.evaluation.report.schema import InterventionResult, RecalibrationResult
+from pretrain.evaluation.context.plan import EvaluationPlan
 from pretrain.run.folder import RunFolder
 
 
-def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
+def recalibration_config(plan: EvaluationPlan, tokens: int, num_ranks: int) -> RunConfig:
     """The run that goes on from a plan's checkpoint for `tokens` more, with rows of the longest measured length.
 
     The batch keeps its number of tokens, as far as the ranks allow. The learning rate falls linearly from the peak over
@@ -58,41 +52,8 @@ def recalibration_config(plan: Plan, tokens: int, num_ranks: int) -> RunConfig:
     )
 
 
-def plan_of(plan: Plan, config: RunConfig, step: int, checkpoint_sha256: str) -> Plan:
-    """The same windows, scored by the recalibrated encoder."""
+def recalibrated_plan(plan: EvaluationPlan, config: RunConfig, step: int, checkpoint_sha256: str) -> EvaluationPlan:
+    """Return a plan of the same windows, scored by the recalibrated encoder."""
     changes = {"run_folder": config.run_folder, "step": step, "checkpoint_sha256": checkpoint_sha256}
-    only_curve = {"readings": [], "ablations": [], "tasks": [], "attention_windows": 0, "pseudo_targets": 0}
+    only_curve = {"interventions": [], "ablations": [], "tasks": [], "attention_windows": 0, "pseudo_targets": 0}
     return plan.model_copy(update={**changes, **only_curve})
-
-
-def recalibration_result(
-    before: Evaluation, session: Session, folder: Path, tokens: int, seconds: float | None
-) -> RecalibrationResult:
-    """Gain over the crop of the encoder as it was, and what the recalibration costs at the training length."""
-    after, results = Evaluation(session, folder), []
-    control = before.plain(1.0).losses
-    bootstrap = DocumentBootstrap(before.documents, before.plan.seed)
-    regression = bootstrap.mean(after.plain(1.0).losses - control)
-    for multiple in after.multiples:
-        losses = after.plain(multiple).losses
-        loss, gain = bootstrap.mean(losses), bootstrap.mean(control - losses)
-        results.append(
-            InterventionResult(
-                reading="recalibrated",
-                multiple=multiple,
-                factor=1.0,
-                loss=loss.value,
-                loss_interval=loss.interval,
-                gain=gain.value,
-                gain_interval=gain.interval,
-                regression=regression.value,
-                regression_interval=regression.interval,
-            )
-        )
-    return RecalibrationResult(
-        tokens=tokens,
-        length=session.config.data.sequence_length,
-        seconds=seconds,
-        run_folder=str(session.plan.run_folder),
-        results=results,
-    )

@@ -18,10 +18,10 @@ from pretrain.config.run import RunConfig
 from pretrain.data.manifest import TOKEN_COUNTS, Manifest, load_manifest
 from pretrain.data.stream.loader import masking_rule
 from pretrain.errors import UserError
-from pretrain.evaluation.context.interventions import reading_with
-from pretrain.evaluation.context.plan import Plan
+from pretrain.evaluation.context.interventions import intervene
+from pretrain.evaluation.context.plan import EvaluationPlan
 from pretrain.evaluation.context.tasks import Vocabulary
-from pretrain.evaluation.context.windows import Ids, Rows, Window, draw_windows, read_documents
+from pretrain.evaluation.context.windows import TokenIds, Window, WindowRows, draw_windows, long_documents
 from pretrain.evaluation.report.titles import Intervention
 from pretrain.files import sha256_of
 from pretrain.model.encoder import MaskedLanguageModel
@@ -30,15 +30,15 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.secrets import with_secrets
 from pretrain.training.zero.settings import resolve_precision
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class DoesNotFitError(Exception):
-    """Not even one row of this length fits into memory."""
+    """Raised where one row of a length does not fit into memory."""
 
 
 def checkpoint_digest(path: Path) -> str:
-    """Covers every byte of a checkpoint."""
+    """Return a sha256 that covers every byte of a checkpoint."""
     return sha256_of(path / MANIFEST_FILE)
 
 
@@ -76,7 +76,7 @@ def load_model(config: RunConfig, manifest: Manifest, checkpoint: Path, device: 
 class Session:
     """A plan with everything that its parts are computed from."""
 
-    def __init__(self, plan: Plan, device: torch.device, documents: Sequence[Ids] | None = None) -> None:
+    def __init__(self, plan: EvaluationPlan, device: torch.device, documents: Sequence[TokenIds] | None = None) -> None:
         """`documents` are those of the plan's corpus, if they are at hand already."""
         self.plan, self.device = plan, device
         checkpoint = plan.checkpoint
@@ -91,9 +91,9 @@ class Session:
         self.bf16 = device.type == "cuda" and resolve_precision(self.config) == "bf16"
 
     @cached_property
-    def documents(self) -> Sequence[Ids]:
-        """Of the plan's split, at least a training row long."""
-        return read_documents(self.config, self.manifest) if self._documents is None else self._documents
+    def documents(self) -> Sequence[TokenIds]:
+        """Documents of the plan's split that are at least a training row long."""
+        return long_documents(self.config, self.manifest) if self._documents is None else self._documents
 
     @cached_property
     def windows(self) -> list[Window]:
@@ -112,11 +112,11 @@ class Session:
         """What synthetic tasks are made of."""
         return Vocabulary.from_counts(self.token_counts, self.rule.is_special, self.plan.seed)
 
-    def reading(self, reading: Intervention, length: int, factor: float) -> AbstractContextManager[None]:
-        """Inside, the encoder reads rows of `length` so."""
-        return reading_with(self.model.encoder, reading, length, self.plan.training_length, factor)
+    def intervene(self, intervention: Intervention, length: int, factor: float) -> AbstractContextManager[None]:
+        """Read rows of `length` so inside."""
+        return intervene(self.model.encoder, intervention, length, self.plan.training_length, factor)
 
-    def hidden(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden(self, rows: WindowRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Final states at the targets of some rows, fp32 [targets, h], and their ids."""
         batch, layout = self._batch(rows)
         with self._autocast():
@@ -124,20 +124,20 @@ class Session:
         masked = batch.labels != IGNORED
         return states[masked].float(), batch.labels[masked]
 
-    def score(self, rows: Rows) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    def score(self, rows: WindowRows) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Loss in nats and whether the most likely id is right, at every target of some rows."""
         batch, layout = self._batch(rows)
         with self._autocast():
             losses, correct = self.model(batch, layout)
         return losses.float().cpu().numpy(), correct.cpu().numpy()
 
-    def encode(self, rows: Rows) -> None:
+    def encode(self, rows: WindowRows) -> None:
         """Put some rows through the encoder, for what hooks on its blocks see of them."""
         batch, layout = self._batch(rows)
         with self._autocast():
             self.model.encoder(batch.input_ids, layout)
 
-    def _batch(self, rows: Rows) -> tuple[Batch, AttentionLayout]:
+    def _batch(self, rows: WindowRows) -> tuple[Batch, AttentionLayout]:
         shape = rows.inputs.shape
         batch = Batch(
             torch.from_numpy(rows.inputs),
@@ -151,7 +151,7 @@ class Session:
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext()
 
-    def in_batches(self, rows: Rows, compute: Callable[[Rows], T]) -> list[T]:
+    def in_batches(self, rows: WindowRows, compute: Callable[[WindowRows], _T]) -> list[_T]:
         """`compute` on as many rows at once as the plan says; on fewer where these do not fit into memory.
 
         Raises:
@@ -159,10 +159,10 @@ class Session:
         """
         length = rows.inputs.shape[1]
         size = max(1, self.plan.tokens_per_batch // length)
-        results: list[T] = []
+        results: list[_T] = []
         first = 0
         while first < len(rows.inputs):
-            some = Rows(rows.inputs[first : first + size], rows.targets[first : first + size])
+            some = WindowRows(rows.inputs[first : first + size], rows.targets[first : first + size])
             try:
                 results.append(compute(some))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -19,16 +19,14 @@ import numpy.typing as npt
 from pretrain.batch import IGNORED
 from pretrain.data.counter_random import Namespace, bits, permutation, uniform
 from pretrain.data.tokenizer import BOS, EOS, MASK
-
-Ids = npt.NDArray[np.int64]
-
+from pretrain.evaluation.context.windows import TokenIds
 
 SPAN = 8
 """Tokens of each half of a pair."""
 
 
 KEY = 4
-"""Of them, the key; the rest is its marker."""
+"""Tokens of the key among them; the rest is its marker."""
 
 
 DEPTHS = (0.0, 0.5, 1.0)
@@ -52,16 +50,16 @@ _TASK_NUMBER = {"passkey": 0, "multikey": 1, "copy": 2}
 class Vocabulary:
     """What rows are made of."""
 
-    pieces: Ids
+    pieces: TokenIds
     """Pieces that occur in the training split, the most frequent first."""
     cumulative: npt.NDArray[np.float64]
-    """Of their frequencies."""
-    candidates: Ids
+    """Cumulative shares of the pieces in the training split."""
+    candidates: TokenIds
     """What keys are made of."""
 
     @classmethod
     def from_counts(cls, counts: npt.NDArray[np.int64], is_special: npt.NDArray[np.bool_], seed: int) -> "Vocabulary":
-        """From the training split's token counts; candidates are drawn among the more frequent half."""
+        """Make one of the training split's token counts; candidates are drawn among the more frequent half."""
         order = np.argsort(-np.where(is_special, -1, counts), kind="stable")
         pieces = order[: max(CANDIDATES, int(((counts > 0) & ~is_special).sum()))]
         frequent = pieces[: max(CANDIDATES, len(pieces) // 2)]
@@ -71,7 +69,7 @@ class Vocabulary:
 
     @property
     def chance(self) -> float:
-        """Of a guess among the candidates."""
+        """Share that a guess among the candidates gets right."""
         return 1 / len(self.candidates)
 
 
@@ -79,11 +77,11 @@ class Vocabulary:
 class TaskRows:
     """Rows of one task at one length, and the place of each."""
 
-    inputs: Ids
+    inputs: TokenIds
     """int64 [rows, length]."""
-    targets: Ids
+    targets: TokenIds
     """int64 [rows, length]: the id to find, IGNORED elsewhere; equally many in every row."""
-    distances: Ids
+    distances: TokenIds
     """int64 [rows]."""
     depths: npt.NDArray[np.float64]
     sides: npt.NDArray[np.int64]
@@ -144,7 +142,7 @@ def draw_rows(
     return TaskRows(inputs, targets, distances, depths, sides)
 
 
-def _pair(task: str, key: tuple[int, ...], vocabulary: Vocabulary) -> tuple[Ids, npt.NDArray[np.bool_]]:
+def _pair(task: str, key: tuple[int, ...], vocabulary: Vocabulary) -> tuple[TokenIds, npt.NDArray[np.bool_]]:
     """SPAN tokens, and which of them are asked for; those are candidates."""
     pieces = vocabulary.pieces[bits(*key, 0, np.arange(SPAN)) % np.uint64(len(vocabulary.pieces))]
     answers = vocabulary.candidates[bits(*key, 1, np.arange(SPAN)) % np.uint64(len(vocabulary.candidates))]
@@ -156,7 +154,7 @@ def _pair(task: str, key: tuple[int, ...], vocabulary: Vocabulary) -> tuple[Ids,
     return np.where(masked, answers, pieces), masked
 
 
-def _scatter_others(row: Ids, taken: set[int], key: tuple[int, ...], vocabulary: Vocabulary) -> None:
+def _scatter_others(row: TokenIds, taken: set[int], key: tuple[int, ...], vocabulary: Vocabulary) -> None:
     """Put other markers with other keys where there is room, beside the halves that begin at `taken`."""
     free = [
         start for start in range(1, len(row) - 1 - SPAN, SPAN) if all(abs(start - begin) >= SPAN for begin in taken)

@@ -20,7 +20,7 @@ from pretrain.data.stream.masking import MaskingRule, mask_rows
 from pretrain.data.tokenizer import BOS, EOS, MASK
 from pretrain.errors import UserError
 
-Ids = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,26 @@ class Window:
     document: int
     """Number of the document among those of the split that are at least a row long."""
     document_length: int
-    """In tokens, begin and end symbols included."""
-    ids: Ids
+    """Tokens of the document, begin and end symbols included."""
+    ids: TokenIds
     """int64 [longest], before masking."""
     key: int
     """Decides the masks."""
     offset: int
-    """Where the block begins in `ids`."""
+    """First position of the block in `ids`."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class WindowRows:
     """What the model is given for some windows at one length."""
 
-    inputs: Ids
+    inputs: TokenIds
     """int64 [rows, length], masked."""
-    targets: Ids
+    targets: TokenIds
     """int64 [rows, length]: the id to predict at the masked positions of the blocks, IGNORED elsewhere."""
 
     @property
-    def positions(self) -> Ids:
+    def positions(self) -> TokenIds:
         """Column of every target, in the order of the losses."""
         return np.nonzero(self.targets != IGNORED)[1]
 
@@ -70,7 +70,7 @@ def window_length(multiple: float, training_length: int) -> int:
     return length
 
 
-def read_documents(config: RunConfig, manifest: Manifest) -> list[Ids]:
+def long_documents(config: RunConfig, manifest: Manifest) -> list[TokenIds]:
     """The documents of the evaluation's split that are at least a row long, with begin and end symbols."""
     documents = []
     access = ShardAccess.of_run(config, manifest)
@@ -82,11 +82,11 @@ def read_documents(config: RunConfig, manifest: Manifest) -> list[Ids]:
     return documents
 
 
-def draw_windows(documents: Sequence[Ids], block: int, longest: int, count: int, seed: int) -> list[Window]:
+def draw_windows(documents: Sequence[TokenIds], block: int, longest: int, count: int, seed: int) -> list[Window]:
     """Draw target blocks at random among all there are, each at a random place in its longest window.
 
     Args:
-        documents: of `read_documents`.
+        documents: of `long_documents`.
         block: positions of a block.
         longest: positions of the longest window, at least `block`.
         count: how many blocks at most. Fewer are the first of more: results of the first ones stay what they are.
@@ -108,7 +108,7 @@ def draw_windows(documents: Sequence[Ids], block: int, longest: int, count: int,
     return windows
 
 
-def make_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingRule, seed: int) -> Rows:
+def make_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingRule, seed: int) -> WindowRows:
     """The rows of `length` positions for some windows; row-major, their targets are in the same order at any length."""
     offsets = np.array([window.offset for window in windows])
     longest = len(windows[0].ids)
@@ -121,27 +121,30 @@ def make_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingR
     in_block = (columns >= offsets[:, None]) & (columns < offsets[:, None] + block)
     targets = np.where(in_block, np.take_along_axis(labels, columns, 1), IGNORED)
     seen = np.take_along_axis(inputs, columns, 1)
-    return Rows(seen.reshape(-1, length), targets.reshape(-1, length))
+    return WindowRows(seen.reshape(-1, length), targets.reshape(-1, length))
 
 
-def _nested_starts(offsets: Ids, length: int, block: int, longest: int) -> Ids:
-    """Where windows of `length` begin in the longest ones: the block keeps its relative place in the room around it."""
+def _nested_starts(offsets: TokenIds, length: int, block: int, longest: int) -> TokenIds:
+    """Return where windows of `length` begin in the longest ones.
+
+    The block keeps its relative place in the room around it.
+    """
     share = (length - block) / max(longest - block, 1)
     return offsets - np.round(offsets * share).astype(np.int64)
 
 
-def single_mask_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingRule, seed: int) -> Rows:
-    """As `make_rows` for windows of at least a block, but of each window's targets only the middle one is masked."""
+def single_mask_rows(windows: Sequence[Window], length: int, block: int, rule: MaskingRule, seed: int) -> WindowRows:
+    """Return the rows of `make_rows`, of at least a block, in which only the middle target of each window is masked."""
     rows = make_rows(windows, length, block, rule, seed)
     offsets = np.array([window.offset for window in windows])
     columns = _nested_starts(offsets, length, block, len(windows[0].ids))[:, None] + np.arange(length)
     inputs = np.take_along_axis(np.stack([window.ids for window in windows]), columns, 1)
     kept = middle_targets(rows)
     targets = np.where(kept, rows.targets, IGNORED)
-    return Rows(np.where(kept, MASK, inputs), targets)
+    return WindowRows(np.where(kept, MASK, inputs), targets)
 
 
-def middle_targets(rows: Rows) -> npt.NDArray[np.bool_]:
+def middle_targets(rows: WindowRows) -> npt.NDArray[np.bool_]:
     """bool [rows, length]: the middle one of each row's targets."""
     is_target = rows.targets != IGNORED
     number = is_target.cumsum(axis=1)

@@ -13,29 +13,34 @@ import numpy.typing as npt
 import torch
 
 from pretrain.evaluation.context.attention_statistics import LARGEST_LOGIT, watch_attention
-from pretrain.evaluation.context.plan import Part, Plan
+from pretrain.evaluation.context.plan import EvaluationPlan, Part
 from pretrain.evaluation.context.session import DoesNotFitError, Session
 from pretrain.evaluation.context.tasks import draw_rows
-from pretrain.evaluation.context.windows import Rows, make_rows, single_mask_rows
+from pretrain.evaluation.context.windows import WindowRows, make_rows, single_mask_rows
 from pretrain.files import atomic_path
 from pretrain.training.monitor.peak_memory import PeakMemory
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def parts_folder(folder: Path, plan: Plan) -> Path:
-    """Where the parts of a plan are kept, inside the report's folder."""
+def parts_folder(folder: Path, plan: EvaluationPlan) -> Path:
+    """Return the folder of a plan's parts, inside the report's."""
     return folder / "parts" / plan.key
 
 
-def part_path(folder: Path, plan: Plan, part: Part) -> Path:
+def part_file(folder: Path, plan: EvaluationPlan, part: Part) -> Path:
     """The file of a part."""
     return parts_folder(folder, plan) / f"{part.name}.npz"
 
 
-def missing_parts(folder: Path, plan: Plan) -> list[Part]:
+def is_missing(folder: Path, plan: EvaluationPlan, part: Part) -> bool:
+    """Whether a part is not done yet."""
+    return not part_file(folder, plan, part).is_file()
+
+
+def missing_parts(folder: Path, plan: EvaluationPlan) -> list[Part]:
     """Parts that are not done yet."""
-    return [part for part in plan.parts() if not part_path(folder, plan, part).is_file()]
+    return [part for part in plan.parts() if is_missing(folder, plan, part)]
 
 
 def run_parts(
@@ -49,15 +54,15 @@ def run_parts(
     for part in parts:
         if stop():
             return False
-        with atomic_path(part_path(folder, session.plan, part)) as temporary, temporary.open("wb") as file:
+        with atomic_path(part_file(folder, session.plan, part)) as temporary, temporary.open("wb") as file:
             np.savez(file, **compute_part(session, part))  # type: ignore[arg-type]
         done(part)
     return True
 
 
-def load_part(folder: Path, plan: Plan, part: Part) -> Arrays:
+def load_part(folder: Path, plan: EvaluationPlan, part: Part) -> Arrays:
     """What `compute_part` returned."""
-    with np.load(part_path(folder, plan, part), allow_pickle=False) as file:
+    with np.load(part_file(folder, plan, part), allow_pickle=False) as file:
         return dict(file)
 
 
@@ -66,7 +71,7 @@ def compute_part(session: Session, part: Part) -> Arrays:
     """The numbers of a part; {"skipped": why} where its rows do not fit into memory."""
     memory, started = PeakMemory(session.device), time.perf_counter()
     try:
-        with session.reading(part.reading, session.plan.length(part.multiple), part.factor):
+        with session.intervene(part.intervention, session.plan.length(part.multiple), part.factor):
             arrays = _COMPUTE[part.kind](session, part)
     except DoesNotFitError as error:
         return {"skipped": np.array(str(error))}
@@ -78,7 +83,7 @@ def compute_part(session: Session, part: Part) -> Arrays:
     return arrays
 
 
-def _scored(session: Session, rows: Rows) -> Arrays:
+def _scored(session: Session, rows: WindowRows) -> Arrays:
     pieces = session.in_batches(rows, session.score)
     losses, correct = (np.concatenate(column) for column in zip(*pieces, strict=True))
     return {"losses": losses, "correct": correct, "positions": np.array(rows.inputs.size)}
@@ -107,9 +112,9 @@ def _task(session: Session, part: Part) -> Arrays:
     length = plan.length(part.multiple)
     drawn = draw_rows(part.task, length, plan.training_length, plan.task_samples, vocabulary, plan.seed)
     candidates = torch.from_numpy(vocabulary.candidates).to(session.device)
-    rows = Rows(drawn.inputs, drawn.targets)
+    rows = WindowRows(drawn.inputs, drawn.targets)
 
-    def answer(some: Rows) -> npt.NDArray[np.bool_]:
+    def answer(some: WindowRows) -> npt.NDArray[np.bool_]:
         states, wanted = session.hidden(some)
         scores = states @ session.model.head.weight[candidates].float().T
         right: npt.NDArray[np.bool_] = (candidates[scores.argmax(dim=-1)] == wanted).cpu().numpy()
@@ -126,7 +131,7 @@ def _attention(session: Session, part: Part) -> Arrays:
     rows = make_rows(some, plan.length(part.multiple), plan.training_length, session.rule, plan.seed)
     seen: list[list[torch.Tensor]] = []
 
-    def look(batch: Rows) -> tuple[torch.Tensor, int]:
+    def look(batch: WindowRows) -> tuple[torch.Tensor, int]:
         session.encode(batch)
         return torch.stack(seen[-1]), len(batch.inputs)
 

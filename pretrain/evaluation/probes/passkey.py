@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.data.tokenizer import BOS, EOS, MASK, SPECIAL_PIECES
-from pretrain.evaluation.context.interventions import reading_with
+from pretrain.evaluation.context.interventions import intervene
 from pretrain.evaluation.context.tasks import KEY, SPAN, TaskRows, Vocabulary, draw_rows
 from pretrain.evaluation.probes.training import ProbeSettings, reproducible, train_probe
 from pretrain.evaluation.report.titles import Intervention
@@ -229,7 +229,7 @@ def measure(model: MaskedLanguageModel, seed: int, settings: PasskeySettings) ->
         rows = draw_rows("passkey", length, trained, settings.samples, keys, seed + _MEASURED)
         for intervention in COMPARED:
             if intervention == "plain" or factor > 1:
-                with torch.inference_mode(), reading_with(model.encoder, intervention, length, trained):
+                with torch.inference_mode(), intervene(model.encoder, intervention, length, trained):
                     right, among = _answers(model, rows, torch.from_numpy(keys.candidates))
             for distance in np.unique(rows.distances).tolist():
                 here = torch.from_numpy(rows.distances == distance)

@@ -13,14 +13,21 @@ from pretrain.batch import IGNORED
 from pretrain.data.manifest import TOKENIZER, load_manifest, save_manifest
 from pretrain.data.tokenizer import MASK
 from pretrain.errors import UserError
-from pretrain.evaluation.context import results as context
-from pretrain.evaluation.context.evaluate import cautions, evaluate, headline
-from pretrain.evaluation.context.plan import Plan, share_out
-from pretrain.evaluation.context.planning import PLAN, Request, _measurable, make_plan
-from pretrain.evaluation.context.results import effective_multiple, held_multiple, used_multiple
+from pretrain.evaluation.context.evaluate import run_evaluation
+from pretrain.evaluation.context.plan import EvaluationPlan, share_out
+from pretrain.evaluation.context.planning import PLAN_FILE, Request, _measurable, plan_evaluation
+from pretrain.evaluation.context.results.curves import profiles
+from pretrain.evaluation.context.results.evaluation import Evaluation
+from pretrain.evaluation.context.results.verdict import (
+    cautions,
+    effective_multiple,
+    headline,
+    held_multiple,
+    used_multiple,
+)
 from pretrain.evaluation.context.session import Session, config_of_run
 from pretrain.evaluation.context.windows import draw_windows, make_rows, middle_targets, single_mask_rows
-from pretrain.evaluation.context.work import compute_part, missing_parts, part_path, run_parts
+from pretrain.evaluation.context.work import compute_part, missing_parts, part_file, run_parts
 from pretrain.evaluation.report.markdown import markdown_table
 from pretrain.evaluation.report.schema import LengthResult, read_report
 from pretrain.evaluation.report.sections import intervention_table, length_table
@@ -39,7 +46,9 @@ def without_times(report) -> dict:
 
 @pytest.fixture
 def session(trained) -> Session:
-    plan, _, documents = make_plan(Request(trained.run_folder, overrides=("evaluation.windows=12",), step=None), CPU)
+    plan, _, documents = plan_evaluation(
+        Request(trained.run_folder, overrides=("evaluation.windows=12",), step=None), CPU
+    )
     return Session(plan, CPU, documents)
 
 
@@ -72,7 +81,7 @@ def test_losses_of_a_trained_run_lie_below_unigram_and_the_report_says_them(trai
 
 def test_the_same_request_gives_the_same_numbers(trained, evaluated, tmp_path):
     shutil.rmtree(evaluated.folder / "parts")
-    again = evaluate(Request(trained.run_folder))
+    again = run_evaluation(Request(trained.run_folder))
     assert without_times(again.report) == without_times(evaluated.report)
 
 
@@ -128,23 +137,22 @@ def test_single_mask_rows_mask_the_middle_target_and_nothing_else(session):
 
 
 def test_more_windows_than_there_are_blocks_to_draw_are_as_many_as_there_are(trained):
-    plan, _, documents = make_plan(Request(trained.run_folder, overrides=("evaluation.windows=100000",)), CPU)
+    plan, _, documents = plan_evaluation(Request(trained.run_folder, overrides=("evaluation.windows=100000",)), CPU)
     block = plan.training_length
     assert plan.windows == sum(len(ids) // block for ids in documents if len(ids) >= plan.longest) < 100_000
     assert len(Session(plan, CPU, documents).windows) == plan.windows
 
 
-def test_profiles_count_every_target_once(trained, evaluated, monkeypatch):
+def test_profiles_count_every_target_once(trained, evaluated):
     report = evaluated.report
     assert all(b.targets >= 20 for p in report.profiles for b in p.bins)
-    monkeypatch.setattr(context, "_MIN_BIN", 1)
-    plan, folder, documents = make_plan(Request(trained.run_folder), CPU)
-    profiles = context.Evaluation(Session(plan, CPU, documents), folder).profiles()
-    for profile in profiles:
+    plan, folder, documents = plan_evaluation(Request(trained.run_folder), CPU)
+    found = profiles(Evaluation(Session(plan, CPU, documents), folder), min_targets=1)
+    for profile in found:
         assert sum(b.targets for b in profile.bins) == report.targets
         mean = sum(b.loss * b.targets for b in profile.bins) / report.targets
         assert mean == pytest.approx(report.result(profile.multiple).loss)
-    edges = next(p for p in profiles if (p.by, p.multiple) == ("edge_distance", 1))
+    edges = next(p for p in found if (p.by, p.multiple) == ("edge_distance", 1))
     assert [b.low for b in edges.bins] == [0, 8]
 
 
@@ -219,10 +227,10 @@ def test_lengths_without_documents_are_left_out_unless_they_were_asked_for(train
         UserError,
         match=r"16x cannot be measured: documents of the test split with 512 tokens: 1\..*has \d+ of 32 or more",
     ) as e:
-        make_plan(Request(trained.run_folder, lengths=(1, 2, 16)), CPU)
+        plan_evaluation(Request(trained.run_folder, lengths=(1, 2, 16)), CPU)
     assert "Use --lengths 1x,2x" in str(e.value)
     with pytest.raises(UserError, match=r"windows of 0\.75x do not tile"):
-        make_plan(Request(trained.run_folder, lengths=(0.75,)), CPU)
+        plan_evaluation(Request(trained.run_folder, lengths=(0.75,)), CPU)
 
 
 def test_learned_positions_beyond_their_table_are_refused(trained):
@@ -238,7 +246,7 @@ def test_learned_positions_beyond_their_table_are_refused(trained):
 def test_another_corpus_of_the_same_tokenizer_is_read_and_one_of_another_is_refused(trained, evaluated, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained.corpus.path, copy)
-    plan, folder, _ = make_plan(Request(trained.run_folder, corpus=copy), CPU)
+    plan, folder, _ = plan_evaluation(Request(trained.run_folder, corpus=copy), CPU)
     assert (plan.corpus, folder.name) == (copy, "context-copy")
     with (copy / TOKENIZER).open("ab") as file:
         file.write(b"\0")
@@ -253,9 +261,9 @@ def test_another_corpus_of_the_same_tokenizer_is_read_and_one_of_another_is_refu
 
 def test_missing_runs_checkpoints_and_reports_are_named(trained, tmp_path):
     with pytest.raises(UserError, match="no run folder"):
-        make_plan(Request(tmp_path), CPU)
+        plan_evaluation(Request(tmp_path), CPU)
     with pytest.raises(UserError, match=r"no checkpoint of step 12345 in .*; there are: \d+"):
-        make_plan(Request(trained.run_folder, step=12345), CPU)
+        plan_evaluation(Request(trained.run_folder, step=12345), CPU)
     with pytest.raises(UserError, match="diptych evaluate context"):
         read_report(tmp_path / "run" / "evaluation" / "context" / "report.json")
     old = tmp_path / "run" / "evaluation" / "context" / "report.json"
@@ -280,30 +288,30 @@ def test_ranks_share_all_parts_evenly_and_none_twice(session):
 
 def test_an_interrupted_evaluation_goes_on_with_its_plan_where_it_was(trained, evaluated, tmp_path):
     request = Request(trained.run_folder, budget_s=600.0, overrides=("evaluation.split=valid",))
-    plan, folder, documents = make_plan(request, CPU)
+    plan, folder, documents = plan_evaluation(request, CPU)
     session = Session(plan, CPU, documents)
     looks = iter([False, False, False, True])
     assert not run_parts(session, plan.parts(), folder, stop=lambda: next(looks))
     left = missing_parts(folder, plan)
     assert len(left) == len(plan.parts()) - 3
-    assert make_plan(request, CPU)[0] == plan
-    before = part_path(folder, plan, plan.parts()[0]).stat().st_mtime_ns
-    finished = evaluate(request)
+    assert plan_evaluation(request, CPU)[0] == plan
+    before = part_file(folder, plan, plan.parts()[0]).stat().st_mtime_ns
+    finished = run_evaluation(request)
     assert missing_parts(folder, plan) == []
-    assert part_path(folder, plan, plan.parts()[0]).stat().st_mtime_ns == before
+    assert part_file(folder, plan, plan.parts()[0]).stat().st_mtime_ns == before
     assert finished.report.budget is not None
 
 
 def test_a_time_limit_leaves_out_windows_and_then_lengths(trained, monkeypatch):
     from pretrain.evaluation.context import planning
 
-    def plan(budget_s: float, seconds: float) -> Plan:
+    def plan(budget_s: float, seconds: float) -> EvaluationPlan:
         monkeypatch.setattr(planning, "time_positions", lambda s: dict.fromkeys(s.plan.multiples, seconds))
         request = Request(trained.run_folder, step=None, budget_s=budget_s, overrides=("evaluation.windows=128",))
-        (trained.run_folder / "evaluation" / "context" / PLAN).unlink(missing_ok=True)
-        return make_plan(request, CPU)[0]
+        (trained.run_folder / "evaluation" / "context" / PLAN_FILE).unlink(missing_ok=True)
+        return plan_evaluation(request, CPU)[0]
 
-    def cost(p: Plan) -> int:
+    def cost(p: EvaluationPlan) -> int:
         return sum(part.positions for part in p.parts())
 
     whole = plan(600, 1e-9)
@@ -351,7 +359,7 @@ def test_the_report_says_which_length_did_not_fit(trained, evaluated, monkeypatc
     monkeypatch.setattr(Session, "score", score)
     # A folder of its own: the report of all tests stays as it is.
     step = evaluated.report.step
-    finished = evaluate(Request(trained.run_folder, step=step, overrides=("evaluation.windows=20",)))
+    finished = run_evaluation(Request(trained.run_folder, step=step, overrides=("evaluation.windows=20",)))
     assert finished.folder.name == f"context-step-{step}"
     assert [r.multiple for r in finished.report.results] == [0.5, 1, 2, 4]
     assert finished.report.skipped["8x"] == "a row of 256 does not fit into the memory of cpu"

@@ -7,7 +7,7 @@ import torch
 
 from pretrain.batch import Batch
 from pretrain.config.model import LayerConfig, ModelConfig
-from pretrain.evaluation.context.interventions import ABLATIONS, INTERVENTIONS, reading_with, reason_against
+from pretrain.evaluation.context.interventions import ABLATIONS, INTERVENTIONS, intervene, reason_against
 from pretrain.model.encoder import Encoder
 from pretrain.model.layout import AttentionLayout
 
@@ -32,7 +32,7 @@ def output(model: Encoder, length: int) -> torch.Tensor:
 def test_a_reading_changes_long_rows_and_is_taken_back(reading):
     model = encoder()
     before = output(model, 64)
-    with reading_with(model, reading, 64, TRAINED, 4.0):
+    with intervene(model, reading, 64, TRAINED, 4.0):
         assert float((output(model, 64) - before).abs().max()) > 1e-6
     assert torch.equal(output(model, 64), before)
 
@@ -41,13 +41,13 @@ def test_a_reading_changes_long_rows_and_is_taken_back(reading):
 def test_these_leave_rows_of_the_training_length_alone(reading):
     model = encoder()
     before = output(model, TRAINED)
-    with reading_with(model, reading, TRAINED, TRAINED):
+    with intervene(model, reading, TRAINED, TRAINED):
         torch.testing.assert_close(output(model, TRAINED), before, rtol=0, atol=1e-12)
 
 
 def test_log_length_multiplies_every_score_of_layers_that_see_far():
     model = encoder(positions="none", layers=[LayerConfig(span=8), LayerConfig()])
-    with reading_with(model, "log_length", 64, TRAINED):
+    with intervene(model, "log_length", 64, TRAINED):
         scaled = output(model, 64)
     scale = math.log(64) / math.log(TRAINED)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_log_length_multiplies_every_score_of_layers_that_see_far():
 def test_windowed_is_an_encoder_that_was_built_with_that_window():
     model, built = encoder(), encoder(layers=[LayerConfig(span=TRAINED)])
     built.load_state_dict(model.state_dict())
-    with reading_with(model, "windowed", 64, TRAINED):
+    with intervene(model, "windowed", 64, TRAINED):
         torch.testing.assert_close(output(model, 64), output(built, 64), rtol=0, atol=1e-12)
 
 
@@ -71,7 +71,7 @@ def test_without_a_triangle_nothing_comes_from_its_side(reading, kept):
     layout = AttentionLayout.from_batch(Batch(ids, ids, torch.ones_like(ids), torch.arange(20)[None]))
     changed = ids.clone()
     changed[0, 10] = (ids[0, 10] + 1) % 50
-    with torch.inference_mode(), reading_with(model, reading, 20, TRAINED):
+    with torch.inference_mode(), intervene(model, reading, 20, TRAINED):
         moved = (model(changed, layout) - model(ids, layout)).abs().amax(dim=-1)[0]
     off, on = (moved[11:], moved[:10]) if kept == "future" else (moved[:10], moved[11:])
     assert float(off.max()) == 0

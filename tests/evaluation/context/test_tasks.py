@@ -9,7 +9,7 @@ import torch
 from pretrain.batch import IGNORED
 from pretrain.data.tokenizer import BOS, EOS, MASK
 from pretrain.evaluation.context.attention_statistics import FIELDS, distance_bounds, triangle_statistics
-from pretrain.evaluation.context.statistics import DocumentBootstrap, doubling_bins, entropy_of_counts, wilson
+from pretrain.evaluation.context.results.statistics import DocumentBootstrap, doubling_bins, entropy_of_counts, wilson
 from pretrain.evaluation.context.tasks import CANDIDATES, DEPTHS, SPAN, Vocabulary, distances_at, draw_rows, num_rows
 from pretrain.evaluation.report.schema import EDGE_TOKENS
 

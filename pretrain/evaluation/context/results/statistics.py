@@ -25,7 +25,7 @@ RESAMPLINGS = 1000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean and its 95 % interval."""
 
     value: float
@@ -42,18 +42,18 @@ class DocumentBootstrap:
         generator = np.random.default_rng([seed, _BOOTSTRAP])
         self._draws = generator.integers(len(names), size=(RESAMPLINGS, len(names)))
 
-    def mean(self, values: npt.ArrayLike, chosen: Bools | None = None) -> Estimate:
+    def mean(self, values: npt.ArrayLike, chosen: Bools | None = None) -> MeanEstimate:
         """Mean of the targets' values, or of the chosen ones; NaN if none is chosen."""
         weights = np.ones(len(self._owner)) if chosen is None else chosen.astype(np.float64)
         numbers = np.asarray(values, dtype=np.float64)
         sums = np.bincount(self._owner, numbers * weights, minlength=self.num_documents)
         counts = np.bincount(self._owner, weights, minlength=self.num_documents)
         if counts.sum() == 0:
-            return Estimate(math.nan, (math.nan, math.nan))
+            return MeanEstimate(math.nan, (math.nan, math.nan))
         drawn = counts[self._draws].sum(axis=1)
         means = sums[self._draws].sum(axis=1)[drawn > 0] / drawn[drawn > 0]
         low, high = np.quantile(means, [0.025, 0.975])
-        return Estimate(float(sums.sum() / counts.sum()), (float(low), float(high)))
+        return MeanEstimate(float(sums.sum() / counts.sum()), (float(low), float(high)))
 
 
 def wilson(correct: int, answers: int) -> tuple[float, float]:
