@@ -1,5 +1,6 @@
 """A real corpus for tests: built by the product from generated text, once per session."""
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -7,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.config.load import to_yaml, validate
 from pretrain.config.run import RunConfig
 from pretrain.data.build.corpus import build_corpus
 from pretrain.data.manifest import Manifest, load_manifest
 from tests.ranks import run_on_ranks, train_alone
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by the workers
+    torch.set_num_threads(1)
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 

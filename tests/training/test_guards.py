@@ -26,6 +26,8 @@ def test_ordinary_noise_is_no_spike_and_a_spike_is_one():
     guard = guard_after(noisy(128))
     assert all(guard.objection(loss) is None for loss in noisy(10_000, seed=1))
     assert "is a spike" in guard.objection(4.0)
+    assert guard.objection(guard.limit()) is None
+    assert "is a spike" in guard.objection(math.nextafter(guard.limit(), math.inf))
     assert guard.limit() == pytest.approx(3.0 + 10 * 0.05, abs=0.15)
 
 
@@ -43,12 +45,20 @@ def test_a_few_wild_losses_do_not_move_the_limit_far():
     assert guard_after(noisy(108) + [50.0] * 20).limit() == pytest.approx(calm, abs=0.25)
 
 
+def test_losses_of_long_ago_are_forgotten():
+    assert guard_after([50.0] * 1_000 + noisy(128)).limit() == guard_after(noisy(128)).limit()
+
+
 def test_nothing_is_a_spike_before_enough_losses_are_known_nor_right_after_a_phase_begins():
     assert guard_after([3.0] * (ENOUGH - 1)).objection(1e9) is None
     guard = guard_after([3.0] * ENOUGH)
     assert guard.objection(4.0)
     guard.enter(1)
     assert guard.objection(4.0) is None
+    for loss in noisy(ENOUGH):
+        guard.enter(1)
+        guard.learn(loss)
+    assert guard.objection(4.0)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -58,6 +68,17 @@ def test_a_loss_that_is_not_finite_is_objected_to_from_the_first_step_on(loss):
 
 def test_losses_that_happen_to_be_equal_do_not_make_a_spike_of_the_next():
     assert guard_after([3.0] * 128).objection(3.2) is None
+
+
+def test_a_run_must_stop_when_enough_steps_in_a_row_were_skipped():
+    guard, stops = Guard(TrainingConfig(max_skipped_steps=2)), []
+    for is_skipped in (True, False, True, True, False):
+        if is_skipped:
+            guard.skip("its loss is not finite")
+        else:
+            guard.taken()
+        stops.append(guard.must_stop)
+    assert stops == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("steps", [140, 300], ids=["soon after a phase has begun", "long after"])
@@ -74,11 +95,14 @@ def test_a_guard_that_looks_back_at_the_metrics_judges_like_the_one_that_saw_the
         else:
             live.count(None, loss)
         records += [record, {"step": step, "tokens": tokens, "validation_loss": 1.0}]
-    later = Guard(TrainingConfig(max_skipped_steps=3))
+    later = guard_after([50.0] * 128, max_skipped_steps=3)  # of a run that goes back
+    later.skip("its loss is a spike")
     later.replay(records[-512:], lambda seen: seen >= 5_000)
     assert later.limit() == live.limit() < math.inf
     assert (later.skipped_in_a_row, later.reason) == (2, "its loss is not finite")
     assert not later.must_stop
+    later.replay([], bool)
+    assert (later.skipped_in_a_row, later.reason, later.limit()) == (0, None, math.inf)
 
 
 def test_the_slowest_rank_is_named_with_its_distance_from_the_others():
