@@ -11,7 +11,7 @@ from pretrain.training.monitor.metrics import Straggler, slowest
 
 
 def guard_after(losses, **settings):
-    guard = Guard(TrainingConfig(spikes="skip", **settings))
+    guard = Guard(TrainingConfig(**{"spikes": "skip", **settings}))
     for loss in losses:
         guard.count(None, loss)
     return guard
@@ -57,7 +57,7 @@ def test_nothing_is_a_spike_before_enough_losses_are_known_nor_right_after_a_pha
     assert guard.objection(4.0) is None
     for loss in noisy(ENOUGH):
         guard.enter(1)
-        guard.learn(loss)
+        guard.count(None, loss)
     assert guard.objection(4.0)
 
 
@@ -73,12 +73,21 @@ def test_losses_that_happen_to_be_equal_do_not_make_a_spike_of_the_next():
 def test_a_run_must_stop_when_enough_steps_in_a_row_were_skipped():
     guard, stops = Guard(TrainingConfig(max_skipped_steps=2)), []
     for is_skipped in (True, False, True, True, False):
-        if is_skipped:
-            guard.skip("its loss is not finite")
-        else:
-            guard.taken()
+        guard.count("its loss is not finite" if is_skipped else None, 3.0)
         stops.append(guard.must_stop)
     assert stops == [False, False, False, True, False]
+
+
+def test_a_guard_that_does_not_look_first_names_the_spikes_that_were_taken():
+    records = [{"step": 127, "loss": 99.0, "skipped": "its gradient norm is not finite"}, {"step": 128, "loss": 4.0}]
+    (line,) = guard_after(noisy(128), spikes="off").review(records)
+    assert line.startswith("step 128 was taken although its loss of 4.0000 is a spike")
+    unseen = guard_after(noisy(127), spikes="off")
+    assert list(unseen.review([{"step": 128, "loss": 3.0}])) == []
+    assert unseen.limit() == guard_after([*noisy(127), 3.0]).limit()
+    looking = guard_after(noisy(128))
+    assert list(looking.review(records)) == []
+    assert looking.limit() == guard_after(noisy(128)).limit()
 
 
 @pytest.mark.parametrize("steps", [140, 300], ids=["soon after a phase has begun", "long after"])
@@ -96,7 +105,7 @@ def test_a_guard_that_looks_back_at_the_metrics_judges_like_the_one_that_saw_the
             live.count(None, loss)
         records += [record, {"step": step, "tokens": tokens, "validation_loss": 1.0}]
     later = guard_after([50.0] * 128, max_skipped_steps=3)  # of a run that goes back
-    later.skip("its loss is a spike")
+    later.count("its loss is a spike", 99.0)
     later.replay(records[-512:], lambda seen: seen >= 5_000)
     assert later.limit() == live.limit() < math.inf
     assert (later.skipped_in_a_row, later.reason) == (2, "its loss is not finite")

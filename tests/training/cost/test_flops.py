@@ -1,4 +1,4 @@
-"""Pure arithmetic of training: learning rate, parameter groups, FLOPs."""
+"""Pure arithmetic of training: parameter groups, FLOPs."""
 
 import pytest
 import torch
@@ -6,24 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.batch import Batch
 from pretrain.config.model import ModelConfig
-from pretrain.config.training import OptimizerConfig, ScheduleConfig
+from pretrain.config.training import OptimizerConfig
 from pretrain.model.attention import allowed_pairs
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.cost.flops import flops_per_token, peak_flops
-from pretrain.training.schedule import learning_rate
 from pretrain.training.zero.optimizer import parameter_groups
 
 ADAMW = OptimizerConfig(weight_decay=0.1)
-
-
-def test_the_learning_rate_rises_stays_and_falls_by_tokens():
-    schedule = ScheduleConfig(warmup=0.1, decay=0.2, final=0.1)
-    rates = {t: learning_rate(t, 1000, 2.0, schedule) for t in (1, 50, 100, 500, 800, 900, 1000, 1100)}
-    assert rates == pytest.approx(
-        {1: 0.02, 50: 1.0, 100: 2.0, 500: 2.0, 800: 2.0, 900: 1.1, 1000: 0.2, 1100: 0.2}, rel=1e-9
-    )
-    assert learning_rate(5, 1000, 2.0, ScheduleConfig(warmup=0, decay=0)) == 2.0
 
 
 @pytest.mark.parametrize("tied", [True, False])
