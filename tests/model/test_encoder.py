@@ -145,3 +145,30 @@ def test_rows_longer_than_the_learned_positions_are_refused():
     encoder = Encoder(small(positions="learned", max_positions=8), 50)
     with pytest.raises(ValueError, match="9 positions is beyond the 8"):
         encode(encoder, torch.randint(50, (1, 9)))
+
+
+def losses_of(model: MaskedLanguageModel) -> torch.Tensor:
+    ids = torch.arange(32)[None]
+    batch = Batch(ids, ids, torch.ones_like(ids), ids)
+    return model(batch, AttentionLayout.from_batch(batch))[0]
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_mup_is_the_standard_parametrization_at_its_base_width(width):
+    losses = []
+    for kind in ("standard", "mup"):
+        torch.manual_seed(0)
+        losses.append(losses_of(MaskedLanguageModel(ModelConfig(hidden_size=width, parametrization=kind), 50)))
+    assert losses[0].equal(losses[1]) == (width == 128)
+
+
+def test_under_mup_logits_are_divided_by_the_width_and_only_hidden_weights_begin_smaller():
+    shape = {"hidden_size": 512, "num_heads": 8, "tie_embeddings": False}
+    mup = MaskedLanguageModel(ModelConfig(parametrization="mup", base_width=128, **shape), 50)
+    assert float(mup.encoder.embedding.weight.detach().std()) == pytest.approx((2 / (5 * 128)) ** 0.5, rel=0.05)
+    hidden = mup.encoder.blocks[0].attention.qkv.weight.detach()
+    assert float(hidden.std()) == pytest.approx((2 / (5 * 512)) ** 0.5, rel=0.05)
+    standard = MaskedLanguageModel(ModelConfig(**shape), 50)
+    standard.load_state_dict(mup.state_dict())
+    standard.head.weight.data.div_(512 / 128)
+    torch.testing.assert_close(losses_of(mup), losses_of(standard))

@@ -1,4 +1,4 @@
-"""Pure arithmetic of training: parameter groups, FLOPs."""
+"""FLOPs of an encoder, beside what torch counts."""
 
 import pytest
 import torch
@@ -6,53 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.batch import Batch
 from pretrain.config.model import ModelConfig
-from pretrain.config.training import OptimizerConfig
 from pretrain.model.attention import allowed_pairs
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.cost.flops import flops_per_token, peak_flops
-from pretrain.training.zero.optimizer import parameter_groups
-
-ADAMW = OptimizerConfig(weight_decay=0.1)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weight_decay_spares_norms_and_embeddings(tied):
-    model = MaskedLanguageModel(ModelConfig(tie_embeddings=tied, positions="learned", max_positions=16), 50)
-    names = {id(p): n for n, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, ADAMW))
-    assert decayed | kept == set(names.values())
-    assert {n for n in kept if "norm" not in n} == {"encoder.embedding.weight", "encoder.position_embedding.weight"}
-    assert ("head.weight" in decayed) == (not tied)
-
-
-def test_under_mup_hidden_matrices_have_learning_rate_over_width_and_the_decay_of_their_base():
-    config = ModelConfig(hidden_size=512, num_heads=8, parametrization="mup", base_width=128, tie_embeddings=False)
-    model = MaskedLanguageModel(config, 50)
-    names = {id(p): n for n, p in model.named_parameters()}
-    groups = {
-        (group["lr_scale"], group["weight_decay"]): {names[id(p)] for p in group["params"]}
-        for group in parameter_groups(model, ADAMW)
-    }
-    assert groups.keys() == {(0.25, 0.4), (1.0, 0.1), (1.0, 0.0)}
-    assert groups[1.0, 0.1] == {"head.weight"}
-    assert "encoder.embedding.weight" in groups[1.0, 0.0]
-    assert all(".blocks." in name for name in groups[0.25, 0.4])
-    assert float(model.encoder.embedding.weight.detach().std()) == pytest.approx((2 / (5 * 128)) ** 0.5, rel=0.05)
-    assert float(model.encoder.blocks[0].attention.qkv.weight.detach().std()) == pytest.approx(
-        (2 / (5 * 512)) ** 0.5, rel=0.05
-    )
-
-
-@pytest.mark.parametrize("width", [64, 128])
-def test_mup_is_the_standard_parametrization_at_its_base_width(width):
-    ids = torch.arange(32)[None]
-    batch, losses = Batch(ids, ids, torch.ones_like(ids), ids), []
-    for kind in ("standard", "mup"):
-        torch.manual_seed(0)
-        model = MaskedLanguageModel(ModelConfig(hidden_size=width, parametrization=kind), 50)
-        losses.append(model(batch, AttentionLayout.from_batch(batch))[0])
-    assert losses[0].equal(losses[1]) == (width == 128)
 
 
 @pytest.mark.parametrize("kind", ["dual_triangle", "causal", "bidirectional"])
