@@ -1,5 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
+# Processes that share the tests.
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help quickstart install test test-slow mutate lint clean
@@ -12,7 +14,7 @@ quickstart: install  ## corpus, training and context report on this machine, in 
 
 test: install  ## lint, types, and the fast tests
 	$(MAKE) lint
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: install  ## the tests that take longer: whole runs, kills, resumes
 	$(VENV)/bin/python -m pytest -m slow --durations=20

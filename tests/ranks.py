@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,11 @@ import torch.multiprocessing as mp
 from pretrain.config.run import RunConfig
 from pretrain.run.attempt import agree_on_attempt
 from pretrain.run.folder import RunFolder
-from pretrain.training.monitor.monitor import Monitor
 from pretrain.training.ranks import Ranks, end_rank
-from pretrain.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from pretrain.training.monitor.monitor import Monitor
+    from pretrain.training.trainer import Trainer
 
 multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.rank_server"])
 
@@ -67,12 +69,16 @@ def trainer_of(
     world_size: int,
     stop: Any = None,
     *,
-    monitor: type[Monitor] = Monitor,
-    trainer: type[Trainer] = Trainer,
-) -> Trainer:
+    monitor: "type[Monitor] | None" = None,
+    trainer: "type[Trainer] | None" = None,
+) -> "Trainer":
     """A trainer as a rank of a run has it; `monitor` and `trainer` may be classes that look on at what happens."""
+    from pretrain.training.monitor.monitor import Monitor  # seconds, which only the ranks need to pay
+    from pretrain.training.trainer import Trainer
+
     ranks = Ranks(rank, world_size, torch.device("cpu"))
-    return trainer(config, ranks, monitor(config, agree_on_attempt(RunFolder.of(config)), ranks, stop or NoStop()))
+    attempt = agree_on_attempt(RunFolder.of(config))
+    return (trainer or Trainer)(config, ranks, (monitor or Monitor)(config, attempt, ranks, stop or NoStop()))
 
 
 def train_alone(rank: int, config: RunConfig) -> None:

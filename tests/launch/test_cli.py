@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -54,16 +55,16 @@ def here(tmp_path: Path) -> Path:
 
 def test_help_lists_every_command_and_does_not_wait_for_torch(here):
     diptych("--help", cwd=here)
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = diptych("--help", cwd=here)
-    seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0
     names = ("quickstart", "train", "submit", "sweep", "runs", "data", "evaluate", "model", "plan", "config")
     assert all(f" {name} " in result.stdout for name in names)
     imported = imported_by("--help", cwd=here)
     assert "typer" in imported
     assert imported.isdisjoint({"torch", "deepspeed", "matplotlib", "pydantic"})
-    assert seconds < 1.5
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5
 
 
 def test_the_list_of_runs_does_not_wait_for_torch(here):
@@ -180,7 +181,7 @@ def test_a_shown_config_is_read_back_to_the_same(here):
 def test_the_quickstart_config_is_found_from_anywhere(here):
     shown = diptych("config", "show", "quickstart", cwd=here)
     assert "name: quickstart" in shown.stdout
-    assert str(here / "corpora" / "quickstart") in shown.stdout
+    assert str(here / "corpora" / "quickstart") in " ".join(shown.stdout.split())  # a long path is folded
 
 
 def test_the_schema_describes_every_field_and_forbids_others(here):
