@@ -20,29 +20,32 @@ from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSE
 from pretrain.run.attempt import Attempt
 from pretrain.training.monitor.heartbeats import end_of
 
-POLL_S = 0.1
-
-
-FAILURE_GRACE_S = 4.0
-"""How long the other ranks may take to end when one has died: they are likely stuck in a collective with it."""
-
-
-SAVE_GRACE_S = 300.0
-"""How long the ranks may take to finish their step and save."""
-
-
-REPEAT_S = 0.5
-"""Two SIGINTs closer than this are one Ctrl-C, which a wrapper forwarded a second time."""
-
-
 TELLING = (EXIT_SUPERSEDED, EXIT_WRONG_INPUT)
 """Exit codes of a rank that say why the launch ends, whatever the other ranks say."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a launch waits, in seconds."""
+
+    poll_s: float = 0.1
+    """Time between two looks at the ranks."""
+    failure_s: float = 4.0
+    """Time that the other ranks have to end when one has died: they are likely stuck in a collective with it."""
+    save_s: float = 300.0
+    """Time that the ranks have to finish their step and save."""
+    repeat_s: float = 0.5
+    """Two SIGINTs closer than this are one Ctrl-C, which a wrapper forwarded a second time."""
+
+
+PATIENCE = Patience()
 
 
 class StopRequests:
     """The signals that ask the launch to end: how many, and whether it is to be at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeat_s: float = PATIENCE.repeat_s) -> None:
+        self._repeat_s = repeat_s
         self.requested = False
         self.at_once = False
         self._first_at = 0.0
@@ -52,14 +55,14 @@ class StopRequests:
         now = time.monotonic()
         if not self.requested:
             self.requested, self._first_at = True, now
-        elif number == signal.SIGINT and now - self._first_at > REPEAT_S:
+        elif number == signal.SIGINT and now - self._first_at > self._repeat_s:
             self.at_once = True
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequests]:
+def stop_requests(repeat_s: float = PATIENCE.repeat_s) -> Iterator[StopRequests]:
     """Take the signals that mean "end": SIGINT, SIGTERM, SIGUSR1, SIGUSR2, and SIGHUP unless under nohup."""
-    requests = StopRequests()
+    requests = StopRequests(repeat_s)
     taken = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         taken.append(signal.SIGHUP)
@@ -75,10 +78,16 @@ class Supervisor:
     """Watches ranks until all have ended, and decides what their end means."""
 
     def __init__(
-        self, ranks: Sequence[Rank], requests: StopRequests, display: Display, attempt: Attempt | None = None
+        self,
+        ranks: Sequence[Rank],
+        requests: StopRequests,
+        display: Display,
+        attempt: Attempt | None = None,
+        patience: Patience = PATIENCE,
     ) -> None:
         """`attempt` is the one that the ranks' watchdogs may end; None for ranks that have none."""
         self._ranks, self._requests, self._display, self._attempt = ranks, requests, display, attempt
+        self._patience = patience
         self._deadline = float("inf")
         self._stopping = False
         self._killed = False
@@ -93,7 +102,7 @@ class Supervisor:
             if time.monotonic() > self._deadline:
                 self._kill()
             refresh()
-            time.sleep(POLL_S)
+            time.sleep(self._patience.poll_s)
         return self._exit_code()
 
     def _look_at_ranks(self) -> None:
@@ -104,17 +113,15 @@ class Supervisor:
         wrong = [rank for rank in ended if rank.exit_code not in expected]
         if wrong and not self.failed and not self._killed:
             self.failed = sorted(wrong, key=lambda rank: (rank.exit_code not in TELLING, rank.exit_code or 0))
-            self._end_within(FAILURE_GRACE_S)
+            self._end_within(self._patience.failure_s)
             for rank in self._ranks:
                 rank.terminate()
-        elif any(rank.exit_code == -signal.SIGTERM for rank in ended):
-            # It ended before it could handle the signal, so there is nothing to save and the others wait in vain.
-            self._end_within(FAILURE_GRACE_S)
-        elif self._ended_by_watchdog():
-            # By the watchdog, because of a rank that will not end by itself.
-            self._end_within(FAILURE_GRACE_S)
+        elif any(rank.exit_code == -signal.SIGTERM for rank in ended) or self._ended_by_watchdog():
+            # One ended before it could handle the signal, so there is nothing to save and the others wait in vain; or
+            # the watchdog ended one because of another that will not end by itself.
+            self._end_within(self._patience.failure_s)
         else:
-            self._end_within(SAVE_GRACE_S)
+            self._end_within(self._patience.save_s)
 
     def _look_at_requests(self) -> None:
         if self._requests.at_once and not self._killed:
@@ -123,7 +130,7 @@ class Supervisor:
         elif self._requests.requested and not self._stopping:
             self._stopping = True
             self._display.message("finishing the step and saving; press Ctrl-C again to stop at once", "yellow")
-            self._end_within(SAVE_GRACE_S)
+            self._end_within(self._patience.save_s)
             for rank in self._ranks:
                 rank.terminate()
 
@@ -178,6 +185,7 @@ def run_ranks(
     *,
     variables: Mapping[str, str] | None = None,
     attempt: Attempt | None = None,
+    patience: Patience = PATIENCE,
 ) -> RanksEnd:
     """Start ranks on this machine, watch them until all have ended, and show the last lines of one that failed.
 
@@ -191,16 +199,17 @@ def run_ranks(
         refresh: called between looks, and once when they have ended.
         variables: of the ranks' environment, besides those of this process.
         attempt: the one that the ranks' watchdogs may end; None for ranks that have none.
+        patience: how long to wait for them.
     """
     log(0).parent.mkdir(parents=True, exist_ok=True)
     inherited, port, gpus = {**os.environ, **(variables or {})}, free_port(), num_gpus()
     ranks: list[Rank] = []
-    with stop_requests() as requests, display:
+    with stop_requests(patience.repeat_s) as requests, display:
         try:
             for number in range(num_ranks):
                 environment = rank_environment(number, num_ranks, port, gpus, inherited)
                 ranks.append(start_rank(command, environment, log(number)))
-            supervisor = Supervisor(ranks, requests, display, attempt)
+            supervisor = Supervisor(ranks, requests, display, attempt, patience)
             exit_code = supervisor.watch(refresh)
         finally:
             for rank in ranks:

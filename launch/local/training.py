@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from launch.local.display import Display
 from launch.local.ranks import Rank, rank_command
-from launch.local.supervisor import run_ranks
+from launch.local.supervisor import PATIENCE, Patience, run_ranks
 from pretrain.config.run import RunConfig
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME
 from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, take_attempt
@@ -40,7 +40,11 @@ class StatusFeed:
 
 
 def launch_local(
-    config: RunConfig, num_ranks: int, display: Display, environment: Mapping[str, str] | None = None
+    config: RunConfig,
+    num_ranks: int,
+    display: Display,
+    environment: Mapping[str, str] | None = None,
+    patience: Patience = PATIENCE,
 ) -> int:
     """Train on `num_ranks` processes of this machine; must be called from the main thread.
 
@@ -55,7 +59,14 @@ def launch_local(
     variables = {**(environment or {}), ATTEMPT_VARIABLE: str(attempt.number)}
     feed = StatusFeed(attempt, display)
     end = run_ranks(
-        rank_command(run), num_ranks, attempt.log, display, feed.refresh, variables=variables, attempt=attempt
+        rank_command(run),
+        num_ranks,
+        attempt.log,
+        display,
+        feed.refresh,
+        variables=variables,
+        attempt=attempt,
+        patience=patience,
     )
     _close_status(attempt, end.exit_code, end.failed)
     if end.exit_code == EXIT_RESUME_ME:

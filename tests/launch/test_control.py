@@ -148,6 +148,37 @@ def test_cancelling_a_run_of_this_machine_signals_its_launcher(run):
     assert holder.wait(timeout=10) == -signal.SIGTERM
 
 
+def submitted(runs: Path, name: str, train: str) -> RunFolder:
+    """A run whose training is that job, and its evaluation the tenfold."""
+    folder = runs / name / "submissions" / "001"
+    folder.mkdir(parents=True)
+    Submission(1.0, "abc", {"train": train, "evaluate": f"{train}0"}).write(folder)
+    return RunFolder(runs / name)
+
+
+def test_a_job_that_runs_is_told_to_save_and_not_to_come_back_and_its_evaluation_is_taken_out(tmp_path, fake_slurm):
+    run = submitted(tmp_path, "mine", "7")
+    fake_slurm.queue(job_7="RUNNING", job_70="PENDING")
+    cancel_runs([run], Console())
+    assert fake_slurm.calls("scancel") == ["scancel --signal=USR2 7", "scancel 70"]
+    assert run.cancelled.exists()
+
+
+def test_a_job_that_waits_is_taken_out_of_the_queue_and_one_that_has_ended_is_left(tmp_path, fake_slurm):
+    run = submitted(tmp_path, "mine", "7")
+    fake_slurm.queue(job_7="PENDING", job_70="COMPLETED")
+    cancel_runs([run], Console())
+    assert fake_slurm.calls("scancel") == ["scancel 7"]
+
+
+def test_of_a_sweep_the_last_is_cancelled_first(tmp_path, fake_slurm):
+    """Else a member that waits would begin on the nodes of one that has ended."""
+    runs = [submitted(tmp_path, f"member{number}", str(number)) for number in (1, 2, 3)]
+    fake_slurm.queue(job_1="RUNNING", job_2="PENDING", job_3="PENDING")
+    cancel_runs(runs, Console())
+    assert fake_slurm.calls("scancel") == ["scancel 3", "scancel 2", "scancel --signal=USR2 1"]
+
+
 def test_a_run_that_is_not_at_work_cannot_be_cancelled(run):
     with pytest.raises(UserError, match="first is neither queued nor running"):
         cancel_runs([RunFolder(run)], Console())

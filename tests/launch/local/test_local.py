@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
-from launch.local import ranks, supervisor, training
+from launch.local import ranks, training
+from launch.local.supervisor import PATIENCE, Patience
 from pretrain.config.run import RunConfig
-from pretrain.run.status import Status
+from tests.launch.local.recorder import Recorder
 
 RANK = """
 import ctypes, json, os, signal, subprocess, sys, time
@@ -40,39 +39,13 @@ for status in plan.get("status", []):
     attempt = int(os.environ["DIPTYCH_ATTEMPT"])
     temporary.write_text(json.dumps({"heartbeat": time.time(), "attempt": attempt, **status}))
     temporary.replace(run_folder / "status.json")
-    time.sleep(0.25)
+    time.sleep(0.1)
 (run_folder / f"pid-{rank}").write_text(str(os.getpid()))
 time.sleep(plan.get("sleep", 0))
 if "signal" in plan:
     os.kill(os.getpid(), plan["signal"])
 sys.exit(plan.get("exit", 0))
 """
-
-
-class Recorder:
-    """A display that remembers."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.steps: list[int] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def message(self, text: str, style: str | None = None) -> None:
-        self.messages.append(text)
-
-    def update(self, status: Status) -> None:
-        self.steps.append(status.step)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.messages)
 
 
 def make_config(folder: Path) -> RunConfig:
@@ -85,11 +58,12 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_config(tmp_path)
     config.run_folder.mkdir(parents=True)
 
-    def run(*plans: dict) -> tuple[int, Recorder, Path]:
+    def run(*plans: dict, **patience: float) -> tuple[int, Recorder, Path]:
         monkeypatch.setenv("PLANS", json.dumps(plans))
         monkeypatch.setattr(training, "rank_command", lambda folder: [sys.executable, "-c", RANK, str(folder)])
         display = Recorder()
-        return training.launch_local(config, len(plans), display), display, config.run_folder
+        asked = Patience(**{"poll_s": 0.02, "failure_s": 0.5, **patience})
+        return training.launch_local(config, len(plans), display, None, asked), display, config.run_folder
 
     yield run
     assert running_pids(config.run_folder) == []
@@ -125,8 +99,7 @@ def test_exit_code_is_0_when_every_rank_is_done(launch):
     assert "hello from 1" in (run_folder / "logs" / "attempt-0001" / "rank-0001.log").read_text()
 
 
-def test_when_one_rank_dies_the_others_end_within_seconds_and_its_last_lines_are_shown(launch, monkeypatch):
-    monkeypatch.setattr(supervisor, "FAILURE_GRACE_S", 0.5)
+def test_when_one_rank_dies_the_others_end_within_seconds_and_its_last_lines_are_shown(launch):
     lines = [f"line {n}" for n in range(40)]
     started = time.monotonic()
     exit_code, display, run_folder = launch(
@@ -140,23 +113,13 @@ def test_when_one_rank_dies_the_others_end_within_seconds_and_its_last_lines_are
     assert str(run_folder / "logs" / "attempt-0001" / "rank-0001.log") in display.text
 
 
-def test_a_rank_killed_by_the_kernel_is_named_with_a_hint(launch, monkeypatch):
-    monkeypatch.setattr(supervisor, "FAILURE_GRACE_S", 0.5)
+def test_a_rank_killed_by_the_kernel_is_named_with_a_hint(launch):
     exit_code, display, _ = launch({"signal": 9}, {"sleep": 60})
     assert exit_code == 1
     assert "rank 0 was ended by SIGKILL: out of memory" in display.text
 
 
-@pytest.mark.parametrize(("other", "blamed"), [({"signal": 9}, "SIGKILL"), ({"exit": 2}, "exit code 2")])
-def test_of_ranks_that_end_together_the_cause_is_blamed_and_not_its_echo(launch, monkeypatch, other, blamed):
-    monkeypatch.setattr(supervisor, "POLL_S", 1.5)
-    _, display, _ = launch({"exit": 1}, other)
-    assert display.messages[0].startswith("rank 1 ")
-    assert blamed in display.messages[0]
-
-
-def test_wrong_input_found_by_a_rank_is_exit_code_2(launch, monkeypatch):
-    monkeypatch.setattr(supervisor, "FAILURE_GRACE_S", 0.5)
+def test_wrong_input_found_by_a_rank_is_exit_code_2(launch):
     exit_code, display, _ = launch({"sleep": 60}, {"say": ["error: no such corpus"], "exit": 2})
     assert exit_code == 2
     assert "error: no such corpus" in display.text
@@ -168,9 +131,8 @@ def test_ranks_that_all_end_with_75_can_be_resumed(launch):
     assert "run the same command again to resume" in display.text
 
 
-def test_a_rank_that_outlives_the_others_too_long_is_killed(launch, monkeypatch):
-    monkeypatch.setattr(supervisor, "SAVE_GRACE_S", 0.3)
-    exit_code, display, _ = launch({"exit": 0}, {"sleep": 60})
+def test_a_rank_that_outlives_the_others_too_long_is_killed(launch):
+    exit_code, display, _ = launch({"exit": 0}, {"sleep": 60}, save_s=0.3)
     assert exit_code == 1
     assert "killed rank 1: it did not end in time" in display.text
 
@@ -188,12 +150,6 @@ def test_only_lines_of_this_attempt_are_shown(launch):
     assert "new trouble" in display.text
     assert "old trouble" not in display.text
     assert "old trouble" in (run_folder / "logs" / "attempt-0001" / "rank-0000.log").read_text()
-
-
-def test_signal_handlers_are_as_before_afterwards(launch):
-    before = signal.getsignal(signal.SIGINT)
-    launch({})
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 # -------------------------------------------------------------------------------------------------- the status
@@ -271,7 +227,7 @@ def launcher(tmp_path: Path):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_lets_the_ranks_save_and_exits_with_75(launcher, number):
     process, run_folder = launcher(*[{"sleep": 60, "on_term": "save"}] * 2)
     process.send_signal(number)
@@ -286,7 +242,7 @@ def test_a_signal_to_the_launcher_lets_the_ranks_save_and_exits_with_75(launcher
 def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(launcher):
     process, run_folder = launcher(*[{"sleep": 60, "on_term": "ignore", "child": True}] * 2)
     process.send_signal(signal.SIGINT)
-    time.sleep(supervisor.REPEAT_S + 0.3)
+    time.sleep(PATIENCE.repeat_s + 0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=5)

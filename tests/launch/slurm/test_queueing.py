@@ -144,6 +144,42 @@ def test_a_finished_run_is_not_submitted_again(make_config):
         queueing.queue_run(config, Console(), evaluate=True, queue=False)
 
 
+def test_the_evaluation_waits_for_the_training_and_goes_with_it(make_config, fake_slurm):
+    config = make_config()
+    folder = queueing.queue_run(config, Console(), evaluate=True)
+    *tests, train, evaluate = fake_slurm.calls("sbatch")
+    assert [call.split()[1] for call in tests] == ["--test-only", "--test-only"]
+    assert train == "sbatch --parsable"
+    assert evaluate == "sbatch --parsable --dependency=afterok:101 --kill-on-invalid-dep=yes"
+    assert json.loads((folder / "submission.json").read_text())["jobs"] == {"train": "101", "evaluate": "102"}
+
+
+def test_where_the_evaluation_is_refused_its_training_does_not_stay_queued(make_config, fake_slurm):
+    fake_slurm.refuse(102)
+    with pytest.raises(UserError, match="Slurm refuses the job: .*Invalid account"):
+        queueing.queue_run(make_config(), Console(), evaluate=True)
+    assert fake_slurm.calls("scancel") == ["scancel 101"]
+
+
+def test_where_the_training_is_refused_nothing_is_cancelled(make_config, fake_slurm):
+    fake_slurm.refuse(101)
+    with pytest.raises(UserError, match="Slurm refuses the job"):
+        queueing.queue_run(make_config(), Console(), evaluate=True)
+    assert fake_slurm.calls("scancel") == []
+
+
+@pytest.mark.parametrize(("state", "doing"), [("PENDING", "queued"), ("RUNNING", "running"), ("COMPLETED", "")])
+def test_a_run_that_is_queued_is_not_queued_again(make_config, fake_slurm, state, doing):
+    queueing.queue_run(make_config(), Console(), evaluate=False)
+    fake_slurm.queue(job_101=state)
+    if doing:
+        with pytest.raises(UserError, match=f"run is {doing} already, as job 101"):
+            queueing.queue_run(make_config(), Console(), evaluate=False)
+    else:
+        queueing.queue_run(make_config(), Console(), evaluate=False)
+    assert len(fake_slurm.calls("sbatch")) == (2 if doing else 4)
+
+
 def test_a_submission_holds_code_and_config_that_later_changes_do_not_reach(make_config):
     config = make_config()
     folder = queueing.queue_run(config, Console(), evaluate=True, queue=False)
