@@ -94,6 +94,7 @@ def test_a_start_whose_ranks_never_met_shows_what_they_printed(run):
 
 def test_following_ends_with_the_run(run, monkeypatch):
     monkeypatch.setattr("launch.logs.QUIET_S", 0.1)
+    monkeypatch.setattr("launch.logs.FOLLOW_POLL_S", 0.05)
     log = run / "logs" / "attempt-0001" / "rank-0000.log"
     log.parent.mkdir(parents=True)
     log.write_text("one\n")
