@@ -17,6 +17,7 @@ from launch.terminal.progress import StageProgress
 from launch.terminal.tables import fitting_table
 from pretrain.data.manifest import load_manifest
 from pretrain.errors import EXIT_DONE, EXIT_RESUME_ME, EXIT_WRONG_INPUT, UserError
+from pretrain.evaluation.context.request import Request
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
 
@@ -34,15 +35,9 @@ class EvaluationFailedError(Exception):
 
 
 def evaluate_context(
-    run: RunFolder,
+    request: Request,
     console: Console,
     *,
-    step: int | None = None,
-    lengths: Sequence[float] | None = None,
-    corpus: Path | None = None,
-    overrides: Sequence[str] = (),
-    full: bool = False,
-    budget_s: float | None = None,
     num_ranks: int = 1,
     recalibrate: int | None = None,
     command: Sequence[str] = (),
@@ -50,14 +45,8 @@ def evaluate_context(
     """Measure how the encoder reads sequences longer than it was trained on; print the table, write the report.
 
     Args:
-        run: whose encoder is measured.
+        request: what to measure.
         console: for progress and the table.
-        step: checkpoint to read; the newest by default.
-        lengths: multiples of the training length; as configured by default.
-        corpus: another corpus of the same tokenizer.
-        overrides: KEY=VALUE, each beginning with `evaluation.`.
-        full: several times as much of everything.
-        budget_s: time limit.
         num_ranks: processes that compute.
         recalibrate: also train for so many more tokens at the longest length, in a run of its own, and measure again.
         command: what the user typed, for the report.
@@ -68,21 +57,11 @@ def evaluate_context(
         EvaluationFailedError: a rank failed.
     """
     from pretrain.evaluation.context.evaluate import run_evaluation
-    from pretrain.evaluation.context.planning import Request
     from pretrain.evaluation.report.writing import write_context_report
 
     gpus = num_gpus()
     if gpus and num_ranks > gpus:
         raise UserError(f"--nproc {num_ranks}, but this machine has {gpus} GPUs for one rank each; use at most {gpus}")
-    request = Request(
-        run_folder=run.path,
-        step=step,
-        lengths=tuple(lengths) if lengths else None,
-        corpus=corpus and corpus.absolute(),
-        overrides=tuple(overrides),
-        full=full,
-        budget_s=budget_s,
-    )
     with StageProgress(console) as progress:
 
         def run_on_ranks(plan: "EvaluationPlan", folder: Path, ranks: int) -> None:
@@ -91,7 +70,7 @@ def evaluate_context(
         finished = run_evaluation(request, progress.report, ranks=num_ranks, run_on_ranks=run_on_ranks, command=command)
     if recalibrate is not None:
         finished = _recalibrated(finished, recalibrate, num_ranks, console)
-    write_context_report(run, finished.folder, finished.report)
+    write_context_report(RunFolder(request.run_folder), finished.folder, finished.report)
     show_report(finished.report, finished.folder, console)
 
 

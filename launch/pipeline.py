@@ -14,6 +14,7 @@ from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.errors import EXIT_DONE, UserError
+from pretrain.evaluation.context.request import Request
 from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
 from pretrain.run.opening import open_run_folder
@@ -72,7 +73,7 @@ def train_and_evaluate(
                 return exit_code
         if evaluate:
             try:
-                evaluate_context(run, console, num_ranks=num_ranks if num_gpus() else 1)
+                evaluate_context(Request(run.path), console, num_ranks=num_ranks if num_gpus() else 1)
             except UserError as error:
                 raise UserError(f"{config.name} is trained, but could not be evaluated: {error}") from error
     return EXIT_DONE

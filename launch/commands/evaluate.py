@@ -93,23 +93,21 @@ def evaluate_context(
     """
     from launch.evaluate import evaluate_context as evaluate_run
     from launch.run_list import find_run
+    from pretrain.evaluation.context.request import Request
 
-    run_folder = find_run(run, folder)
     changes = [*(overrides or []), *([f"split={split}"] if split else [])]
     with resumable():
-        evaluate_run(
-            run_folder,
-            make_console(),
+        request = Request(
+            run_folder=find_run(run, folder).path,
             step=step,
-            lengths=parse_lengths(lengths) if lengths else None,
-            corpus=corpus,
-            overrides=[f"evaluation.{change.removeprefix('evaluation.')}" for change in changes],
+            lengths=tuple(parse_lengths(lengths)) if lengths else None,
+            corpus=corpus and corpus.absolute(),
+            overrides=tuple(f"evaluation.{change.removeprefix('evaluation.')}" for change in changes),
             full=full,
             budget_s=budget,
-            num_ranks=nproc,
-            recalibrate=recalibrate,
-            command=["diptych", *sys.argv[1:]],
         )
+        command = ["diptych", *sys.argv[1:]]
+        evaluate_run(request, make_console(), num_ranks=nproc, recalibrate=recalibrate, command=command)
 
 
 @probe_app.command("argmax")

@@ -26,6 +26,7 @@ from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_topology
 from pretrain.data.manifest import MANIFEST
 from pretrain.errors import EXIT_DONE, UserError
+from pretrain.evaluation.context.request import Request
 from pretrain.files import sha256_of
 from pretrain.run.folder import RunFolder
 
@@ -55,7 +56,7 @@ def run_quickstart(overrides: Sequence[str]) -> int:
         if exit_code != EXIT_DONE:
             return exit_code
     with _stage(console, 4, "Evaluate context extension: rows longer than any it was trained on"):
-        evaluate_context(RunFolder.of(config), console)
+        evaluate_context(Request(config.run_folder), console)
     say(console, f"\nThe whole road took {clock(time.monotonic() - started)}.", "bold")
     _say_what_next(config, console)
     return EXIT_DONE

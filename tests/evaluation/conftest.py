@@ -7,7 +7,7 @@ import pytest
 from pretrain.config.run import RunConfig
 from pretrain.data.manifest import load_manifest
 from pretrain.evaluation.context.evaluate import FinishedEvaluation, run_evaluation
-from pretrain.evaluation.context.planning import Request
+from pretrain.evaluation.context.request import Request
 from pretrain.evaluation.report.writing import write_context_report
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder

@@ -10,6 +10,7 @@ from launch.control import resume_run
 from launch.preparation import ensure_corpus
 from pretrain.config.data import CorpusConfig
 from pretrain.errors import UserError
+from pretrain.evaluation.context.request import Request
 from pretrain.evaluation.context.session import config_of_run
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
@@ -61,8 +62,8 @@ def test_ranks_and_the_evaluation_that_follows_a_training_have_the_password(run,
     seen = {}
     monkeypatch.setattr(pipeline, "launch_local", lambda *_: seen.update(ranks=os.environ["DIPTYCH_CORPUS_URL"]) or 0)
 
-    def evaluate(run: RunFolder, *_: object, **__: object) -> None:
-        seen["evaluation"] = run.config().corpus.url
+    def evaluate(request: Request, *_: object, **__: object) -> None:
+        seen["evaluation"] = RunFolder(request.run_folder).config().corpus.url
 
     monkeypatch.setattr(pipeline, "evaluate_context", evaluate)
     assert pipeline.train_and_evaluate(make_config(corpus={"url": URL}), 1, Console()) == 0

@@ -12,8 +12,9 @@ from pretrain.checkpoint.folder import load_state
 from pretrain.checkpoint.verify import find_checkpoint
 from pretrain.config.run import RunConfig
 from pretrain.evaluation.context.plan import EvaluationPlan, Part, PartKind, Progress
-from pretrain.evaluation.context.planning import Request, plan_evaluation
+from pretrain.evaluation.context.planning import plan_evaluation
 from pretrain.evaluation.context.recalibrate import recalibrated_plan
+from pretrain.evaluation.context.request import Request
 from pretrain.evaluation.context.results.curves import recalibrated_results
 from pretrain.evaluation.context.results.evaluation import Evaluation
 from pretrain.evaluation.context.results.report import build_report

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pretrain.data.manifest import load_manifest
 from pretrain.errors import UserError
 from pretrain.evaluation.context.interventions import ABLATIONS, INTERVENTIONS, reason_against
 from pretrain.evaluation.context.plan import TASKS, EvaluationPlan
+from pretrain.evaluation.context.request import Request
 from pretrain.evaluation.context.session import Session, checkpoint_digest, config_of_run
 from pretrain.evaluation.context.windows import TokenIds, long_documents, make_rows, window_length
 from pretrain.files import write_json
@@ -41,37 +42,11 @@ _BUDGET_USED = 0.8
 _TIMED_POSITIONS = 8192
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
-
-    run_folder: Path
-    step: int | None = None
-    """None: the newest valid checkpoint."""
-    lengths: tuple[float, ...] | None = None
-    """Multiples; None: as configured, without those that cannot be measured."""
-    corpus: Path | None = None
-    """None: the run's own."""
-    overrides: tuple[str, ...] = ()
-    """KEY=VALUE of the config's section `evaluation`, written evaluation.KEY=VALUE."""
-    full: bool = False
-    budget_s: float | None = None
-
-
 class _SavedPlan(Section):
     """plan.json: which request made the plan, so that the same one goes on with it."""
 
     request: dict[str, str]
     plan: EvaluationPlan
-
-
-def report_folder(request: Request, split: str) -> Path:
-    """Return the folder of an evaluation: `context` for the newest checkpoint on the run's own test split."""
-    words = ["context"]
-    words += [split] if split != "test" else []
-    words += [request.corpus.name] if request.corpus is not None else []
-    words += [f"step-{request.step}"] if request.step is not None else []
-    return RunFolder(request.run_folder).evaluation / "-".join(words)
 
 
 def plan_evaluation(request: Request, device: torch.device) -> tuple[EvaluationPlan, Path, list[TokenIds]]:
@@ -96,7 +71,7 @@ def plan_evaluation(request: Request, device: torch.device) -> tuple[EvaluationP
     config = config.in_phase(config.phase_at(state.tokens_seen))
     documents = long_documents(config, manifest)
     plan = _whole_plan(request, config, checkpoint, state, [len(ids) for ids in documents])
-    folder = report_folder(request, config.evaluation.split)
+    folder = request.report_folder(config.evaluation.split)
     asked = {key: str(value) for key, value in (asdict(request) | {"base": plan.key}).items()}
     saved = _saved_plan(folder / PLAN_FILE)
     if saved is not None and saved.request == asked:

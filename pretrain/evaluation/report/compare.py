@@ -12,12 +12,9 @@ from pretrain.evaluation.report.charts import Line
 from pretrain.evaluation.report.html import html_page
 from pretrain.evaluation.report.markdown import markdown_page
 from pretrain.evaluation.report.schema import ContextReport, read_report
-from pretrain.evaluation.report.section import Card, Facts, Page, Section, Table, over_context
+from pretrain.evaluation.report.section import NATS, Card, Facts, Page, ReportSection, Table, over_context
 from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
-
-_NATS = "nats per masked token"
-
 
 _NAMES = ("seed", "name", "runs")
 """Keys of the config in which runs of one kind may differ."""
@@ -122,11 +119,11 @@ def write_comparison(folder: Path, kinds: Sequence[RunKind]) -> None:
 
 def _comparison_page(kinds: Sequence[RunKind]) -> Page:
     cards = [
-        Card("Loss by context length", over_context(_lines(kinds, "loss", 0), _NATS, zero=False)),
-        Card("Gain over the crop", over_context(_lines(kinds, "gain", 1), _NATS), "Above zero, far context helps."),
+        Card("Loss by context length", over_context(_lines(kinds, "loss", 0), NATS, zero=False)),
+        Card("Gain over the crop", over_context(_lines(kinds, "gain", 1), NATS), "Above zero, far context helps."),
     ]
     if needing := _lines(kinds, "needing_gain", 1):
-        cards.append(Card("Gain of the tokens that need context", over_context(needing, _NATS)))
+        cards.append(Card("Gain of the tokens that need context", over_context(needing, NATS)))
     note = (
         "Loss in nats per masked token. Gain: loss from the window of the training length minus loss from the longer "
         "one, on the same tokens. Runs that differ in nothing but their seed are averaged; in brackets, the lowest and "
@@ -146,8 +143,8 @@ def _comparison_page(kinds: Sequence[RunKind]) -> Page:
         kind="Context extension compared",
         heading=f"{len(kinds)} kinds of run, {len(reports)} reports",
         sections=[
-            Section("Curves", "Bands reach from the lowest seed to the highest.", cards),
-            Section("What was compared", cards=[Card("Every report", Facts(facts), wide=True)]),
+            ReportSection("Curves", "Bands reach from the lowest seed to the highest.", cards),
+            ReportSection("What was compared", cards=[Card("Every report", Facts(facts), wide=True)]),
         ],
         footer=f"Written by Diptych {__version__}.",
     )

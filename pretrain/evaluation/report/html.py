@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from pretrain.evaluation.report.charts import HeatMap, LineChart
-from pretrain.evaluation.report.section import Card, Facts, Page, Section, Table, TableCell
+from pretrain.evaluation.report.section import Card, Facts, Page, ReportSection, Table, TableCell
 from pretrain.evaluation.report.svg import heat_map_svg, line_chart_svg
 
 
@@ -40,7 +40,7 @@ def _tiles(figures: Sequence[tuple[str, str]]) -> str:
     return f'<div class="tiles">{"".join(boxes)}</div>' if boxes else ""
 
 
-def _section(section: Section) -> str:
+def _section(section: ReportSection) -> str:
     open_cards = "".join(_card(card) for card in section.cards if not card.folded)
     folded = "".join(
         f'<details><summary>{escape(card.title)}</summary><div class="card">{_content(card)}</div></details>'

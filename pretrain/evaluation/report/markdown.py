@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from pretrain.evaluation.report.charts import HeatMap, LineChart
-from pretrain.evaluation.report.section import Card, Facts, Page, Section, Table
+from pretrain.evaluation.report.section import Card, Facts, Page, ReportSection, Table
 
 
 def markdown_page(page: Page) -> str:
@@ -18,7 +18,7 @@ def _list(lines: Iterator[str] | Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _section(section: Section) -> Iterator[str]:
+def _section(section: ReportSection) -> Iterator[str]:
     yield f"## {section.title}"
     yield section.prose
     for card in section.cards:

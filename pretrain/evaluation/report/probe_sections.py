@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from pretrain.evaluation.report.charts import HeatMap, Line, LineChart
 from pretrain.evaluation.report.schema import EDGE_TOKENS, AttentionResult, ContextReport, TaskResult
-from pretrain.evaluation.report.section import Card, Facts, Section, Table, TableCell, over_context, signed
+from pretrain.evaluation.report.section import Card, Facts, ReportSection, Table, TableCell, over_context, signed
 from pretrain.evaluation.report.titles import title_of
 
 
-def tasks_section(report: ContextReport) -> Section | None:
+def tasks_section(report: ContextReport) -> ReportSection | None:
     """Return accuracy by length, by distance and depth, and by triangle."""
     if not report.tasks:
         return None
@@ -49,7 +49,7 @@ def tasks_section(report: ContextReport) -> Section | None:
         f"find the first half to fill the second; guessing among the candidates is right {plain[0].chance:.0%} of the "
         "time. An encoder that was never taught such a task may stay at chance at any length."
     )
-    return Section("Tasks that need no data", prose, cards)
+    return ReportSection("Tasks that need no data", prose, cards)
 
 
 def _carriers(tasks: Sequence[TaskResult]) -> Table:
@@ -87,7 +87,7 @@ def _task_map(task: TaskResult) -> HeatMap:
     )
 
 
-def ablations_section(report: ContextReport) -> Section | None:
+def ablations_section(report: ContextReport) -> ReportSection | None:
     """Return the loss with one triangle off."""
     if not report.ablations:
         return None
@@ -102,10 +102,10 @@ def ablations_section(report: ContextReport) -> Section | None:
     ]
     prose = "The outputs of one triangle's sub-heads are zeroed in every layer: what is lost is what they carried."
     table = Table(["encoder", "context", "loss", "above the whole encoder at 1x"], rows)
-    return Section("One triangle off", prose, [Card("Loss on the same targets", table, wide=True)])
+    return ReportSection("One triangle off", prose, [Card("Loss on the same targets", table, wide=True)])
 
 
-def attention_section(report: ContextReport) -> Section | None:
+def attention_section(report: ContextReport) -> ReportSection | None:
     """Return what each triangle looks at, by length."""
     if not report.attention:
         return None
@@ -133,7 +133,7 @@ def attention_section(report: ContextReport) -> Section | None:
         Card("Every layer", _layer_table(report.attention), folded=True),
     ]
     prose = "How each triangle attends as rows grow: means over layers, heads and sampled queries."
-    return Section("Attention", prose, cards)
+    return ReportSection("Attention", prose, cards)
 
 
 def _over_layers(
@@ -184,7 +184,7 @@ def _distances(results: Sequence[AttentionResult]) -> LineChart:
     )
 
 
-def costs_section(report: ContextReport) -> Section:
+def costs_section(report: ContextReport) -> ReportSection:
     """Return one mask at a time, speed and memory, and what was left out."""
     cards = []
     if report.pseudo:
@@ -208,4 +208,4 @@ def costs_section(report: ContextReport) -> Section:
     if report.skipped:
         reasons = Facts([(title_of(what), why) for what, why in report.skipped.items()])
         cards.append(Card("Not measured", reasons, wide=True))
-    return Section("What it costs, and what was left out", "", cards)
+    return ReportSection("What it costs, and what was left out", "", cards)

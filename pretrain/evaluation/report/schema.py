@@ -17,15 +17,17 @@ Interval = tuple[float, float]
 """95 %, by bootstrap over documents."""
 
 
-class _Entry(BaseModel):
+class ReportEntry(BaseModel):
+    """A part of the report; an unknown field is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LengthResult(_Entry):
+class LengthResult(ReportEntry):
     """The same targets, predicted from windows of one length."""
 
     multiple: float
-    """Of the training length."""
+    """Multiple of the training length."""
     length: int
     """Positions of the window."""
     loss: float
@@ -51,7 +53,7 @@ class LengthResult(_Entry):
     needing_gain_interval: Interval | None
 
 
-class ContextNeed(_Entry):
+class ContextNeed(ReportEntry):
     """Targets that need context: their loss falls by more than `threshold` from `short_length` to the training length.
 
     Both lengths were trained on, so the choice does not look at what is to be judged.
@@ -62,7 +64,7 @@ class ContextNeed(_Entry):
     targets: int
 
 
-class Bin(_Entry):
+class Bin(ReportEntry):
     """Targets whose quantity lies in [low, high)."""
 
     low: float
@@ -71,10 +73,10 @@ class Bin(_Entry):
     loss: float
     loss_interval: Interval
     gain: float
-    """Over the window cropped to the training length, on the same targets."""
+    """Gain over the window cropped to the training length, on the same targets."""
 
 
-class LossProfile(_Entry):
+class LossProfile(ReportEntry):
     """Loss at one length by a quantity of the target."""
 
     multiple: float
@@ -84,7 +86,7 @@ class LossProfile(_Entry):
     bins: list[Bin]
 
 
-class InterventionResult(_Entry):
+class InterventionResult(ReportEntry):
     """An intervention at one length, on a part of the windows; plain values are on the same part."""
 
     reading: str
@@ -100,20 +102,20 @@ class InterventionResult(_Entry):
     regression_interval: Interval
 
 
-class TaskCell(_Entry):
+class TaskCell(ReportEntry):
     """A place of a synthetic task."""
 
     distance: int
     """Tokens from the beginning of what is to be found to the beginning of the question."""
     depth: float
-    """Where the pair lies in the room that it has: 0 first, 1 last."""
+    """Place of the pair in the room that it has: 0 first, 1 last."""
     side: Literal["past", "future"]
-    """Where the answer stands, seen from the question."""
+    """Side on which the answer stands, seen from the question."""
     accuracy: float
     answers: int
 
 
-class TaskResult(_Entry):
+class TaskResult(ReportEntry):
     """A synthetic task at one length."""
 
     task: Literal["passkey", "multikey", "copy"]
@@ -133,18 +135,18 @@ EDGE_TOKENS = 4
 """Tokens at either end of the window, on which attention is told apart."""
 
 
-class AttentionResult(_Entry):
+class AttentionResult(ReportEntry):
     """How one triangle of one layer attends at one length; means over heads and sampled queries."""
 
     multiple: float
     layer: int
-    """From 1."""
+    """Number of the layer, from 1."""
     triangle: Literal["past", "future", "both"]
     window: int | None
     entropy: float
     """Nats."""
     uniform_entropy: float
-    """Of attending to all that it may see evenly."""
+    """Entropy of attending evenly to all that it may see."""
     largest_logit: float
     first_tokens: float
     """Attention on the window's first EDGE_TOKENS tokens, by queries that do not stand beside them."""
@@ -153,21 +155,21 @@ class AttentionResult(_Entry):
     """Attention to keys 0, 1, 2 to 3, 4 to 7, ... positions away; adds up to 1."""
 
 
-class PseudoResult(_Entry):
+class PseudoResult(ReportEntry):
     """One mask at a time against all masks at once, on the same targets at one length."""
 
     multiple: float
     targets: int
     masked_loss: float
-    """Of the cheap loss: a share of the tokens is masked at once."""
+    """The cheap loss: a share of the tokens is masked at once."""
     single_loss: float
-    """With every other token visible; its exponential is the pseudo-perplexity."""
+    """Loss with every other token visible; its exponential is the pseudo-perplexity."""
     single_interval: Interval
     correlation: float
 
 
-class SpeedResult(_Entry):
-    """Of scoring plain windows of one length, on one rank."""
+class SpeedResult(ReportEntry):
+    """Speed of scoring plain windows of one length, on one rank."""
 
     multiple: float
     length: int
@@ -176,7 +178,7 @@ class SpeedResult(_Entry):
     """Above what the process held before; None where it cannot be measured."""
 
 
-class RecalibrationResult(_Entry):
+class RecalibrationResult(ReportEntry):
     """A short training on long rows, from the checkpoint on."""
 
     tokens: int
@@ -184,10 +186,10 @@ class RecalibrationResult(_Entry):
     seconds: float | None
     run_folder: str
     results: list[InterventionResult]
-    """At every length; `regression` is that at the training length."""
+    """Results at every length; `regression` is that at the training length."""
 
 
-class Provenance(_Entry):
+class Provenance(ReportEntry):
     """What was run, so that it can be run again."""
 
     command: str
@@ -202,12 +204,12 @@ class Provenance(_Entry):
     fingerprint: str
     tokenizer_sha256: str
     checkpoint_sha256: str
-    """Of the checkpoint's MANIFEST.json, which covers every byte of it."""
+    """Digest of the checkpoint's MANIFEST.json, which covers every byte of it."""
     written: str
     """UTC."""
 
 
-class ContextReport(_Entry):
+class ContextReport(ReportEntry):
     """report.json."""
 
     format: Literal[2] = FORMAT
@@ -223,9 +225,9 @@ class ContextReport(_Entry):
     targets: int
     reading_windows: int
     unigram_entropy: float
-    """Of the training split's token frequencies."""
+    """Entropy of the training split's token frequencies, in nats."""
     unigram_loss: float
-    """Per target, when it is predicted from these frequencies alone."""
+    """Loss per target, when it is predicted from these frequencies alone."""
     effective_multiple: float
     """See `effective_length`."""
     effective_length: int
@@ -257,7 +259,7 @@ class ContextReport(_Entry):
     provenance: Provenance
 
     def result(self, multiple: float) -> LengthResult:
-        """At one of the measured lengths."""
+        """Return the result at one of the measured lengths."""
         return next(r for r in self.results if r.multiple == multiple)
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from pretrain.evaluation.report.charts import HeatMap, Line, LineChart
 
+NATS = "nats per masked token"
+
+
 TableCell = str | tuple[str, str]
 """Text, or text and whether it is `good` or `bad` news, which is said only where it is sure."""
 
@@ -44,7 +47,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A heading, what the section shows, and cards."""
 
     title: str
@@ -62,7 +65,7 @@ class Page:
     kind: str
     """A word or two over the heading."""
     heading: str
-    sections: Sequence[Section]
+    sections: Sequence[ReportSection]
     footer: str
     facts: str = ""
     """What the document is about, in one line."""

@@ -5,11 +5,18 @@ from collections.abc import Sequence
 from pretrain.evaluation.report.charts import HeatMap, Line, LineChart
 from pretrain.evaluation.report.probe_sections import ablations_section, attention_section, costs_section, tasks_section
 from pretrain.evaluation.report.schema import ContextReport, InterventionResult, LossProfile
-from pretrain.evaluation.report.section import Card, Facts, Page, Section, Table, TableCell, over_context, signed
+from pretrain.evaluation.report.section import (
+    NATS,
+    Card,
+    Facts,
+    Page,
+    ReportSection,
+    Table,
+    TableCell,
+    over_context,
+    signed,
+)
 from pretrain.evaluation.report.titles import INTERVENTION_MEANINGS, INTERVENTION_TITLES, title_of
-
-_NATS = "nats per masked token"
-
 
 _DRAWN_STEPS = 400
 """Points of the training curve, at most."""
@@ -92,7 +99,7 @@ def length_table(report: ContextReport) -> Table:
     return Table([*header, "over the one before"], rows)
 
 
-def _curves(report: ContextReport) -> Section:
+def _curves(report: ContextReport) -> ReportSection:
     results = report.results
     long = [r for r in results if r.multiple >= 1]
     loss = Line("this encoder", [(r.multiple, r.loss) for r in results], [r.loss_interval for r in results])
@@ -102,12 +109,12 @@ def _curves(report: ContextReport) -> Section:
     cards = [
         Card(
             "Loss by context length",
-            over_context([loss, unigram], _NATS, zero=False, marks=[(1.0, "trained")], picture="loss_by_length"),
+            over_context([loss, unigram], NATS, zero=False, marks=[(1.0, "trained")], picture="loss_by_length"),
             "Flat or falling to the right: the encoder reads on. Rising: it loses its way.",
         ),
         Card(
             "Gain over the crop",
-            over_context([gain], _NATS, picture="gain_by_length"),
+            over_context([gain], NATS, picture="gain_by_length"),
             "Above zero: what lies beyond the training length helps. Zero: the encoder might as well be cropped.",
         ),
         Card(
@@ -118,10 +125,10 @@ def _curves(report: ContextReport) -> Section:
         ),
     ]
     note = f"The same {report.targets:,} masked tokens of {report.documents} documents, seen from nested windows."
-    return Section("Loss and gain", note, cards)
+    return ReportSection("Loss and gain", note, cards)
 
 
-def _needing(report: ContextReport) -> Section | None:
+def _needing(report: ContextReport) -> ReportSection | None:
     need = report.context_need
     if need is None:
         return None
@@ -154,14 +161,14 @@ def _needing(report: ContextReport) -> Section | None:
         "here. Helped and hurt: the share of all targets whose loss is lower, or higher, than at 1x by more than that."
     )
     cards = [
-        Card("Gain over the crop", over_context([needing, average], _NATS)),
+        Card("Gain over the crop", over_context([needing, average], NATS)),
         Card("Targets helped and hurt", over_context([helped, hurt], "% of the targets")),
         Card("Every length", table, wide=True),
     ]
-    return Section("Tokens that need context", prose, cards)
+    return ReportSection("Tokens that need context", prose, cards)
 
 
-def _profiles(report: ContextReport) -> Section | None:
+def _profiles(report: ContextReport) -> ReportSection | None:
     if not report.profiles:
         return None
     cards = []
@@ -177,7 +184,7 @@ def _profiles(report: ContextReport) -> Section | None:
         "Where in its window a target stands. A loss that rises towards the edges wants context on both sides; one "
         "that rises everywhere beyond 1x has lost its positions. Bins of fewer than 20 targets are left out."
     )
-    return Section("By position", prose, cards)
+    return ReportSection("By position", prose, cards)
 
 
 def _profile_map(profiles: Sequence[LossProfile], x_label: str, scale: float, *, is_loss: bool) -> HeatMap:
@@ -211,7 +218,7 @@ def intervention_table(results: Sequence[InterventionResult]) -> Table:
     return Table(["intervention", *(f"gain at {m:g}x" for m in multiples), "cost at 1x"], rows)
 
 
-def _interventions(report: ContextReport) -> Section | None:
+def _interventions(report: ContextReport) -> ReportSection | None:
     names = dict.fromkeys(r.reading for r in report.readings)
     if not names:
         return None
@@ -234,10 +241,10 @@ def _interventions(report: ContextReport) -> Section | None:
         "of 1x; cost at 1x: what an intervention that is set for the longest length adds to the loss at the training "
         "length. A number that is coloured, or has a star, is sure: its 95 % interval leaves out zero."
     )
-    return Section("Ways to read long rows", prose, cards)
+    return ReportSection("Ways to read long rows", prose, cards)
 
 
-def _how_to_read(report: ContextReport) -> Section:
+def _how_to_read(report: ContextReport) -> ReportSection:
     prose = (
         f"{report.windows} blocks of {report.training_length} tokens were drawn from {report.documents} documents of "
         f"the {report.split} split of {report.corpus}, and {report.targets:,} of their tokens masked. At every length "
@@ -253,10 +260,10 @@ def _how_to_read(report: ContextReport) -> Section:
         f"Token frequencies alone cost {report.unigram_loss:.3f} nats on these tokens; the unigram entropy of the "
         f"training split is {report.unigram_entropy:.3f}.",
     )
-    return Section("How to read it", prose, points=points)
+    return ReportSection("How to read it", prose, points=points)
 
 
-def _what_was_run(report: ContextReport, training: Sequence[dict[str, float]]) -> Section:
+def _what_was_run(report: ContextReport, training: Sequence[dict[str, float]]) -> ReportSection:
     p = report.provenance
     entries = [
         ("command", p.command),
@@ -272,7 +279,7 @@ def _what_was_run(report: ContextReport, training: Sequence[dict[str, float]]) -
     cards = [Card("Provenance", Facts([(name, text) for name, text in entries if text]), wide=curve is None)]
     if curve is not None:
         cards.append(Card("Training curve", curve))
-    return Section("What was run", "The same command writes the same numbers.", cards)
+    return ReportSection("What was run", "The same command writes the same numbers.", cards)
 
 
 def _training_chart(report: ContextReport, training: Sequence[dict[str, float]]) -> LineChart | None:
@@ -287,7 +294,7 @@ def _training_chart(report: ContextReport, training: Sequence[dict[str, float]])
     return LineChart(
         [*lines, *([Line("validation loss", validations)] if validations else [])],
         x_label="million tokens seen",
-        y_label=_NATS,
+        y_label=NATS,
         x_ticks=[kept[-1][0] * k / 4 for k in range(5)],
         x_name=lambda x: f"{x / 1e6:.2g}",
         picture="training_curve",

@@ -15,7 +15,8 @@ from pretrain.data.tokenizer import MASK
 from pretrain.errors import UserError
 from pretrain.evaluation.context.evaluate import run_evaluation
 from pretrain.evaluation.context.plan import EvaluationPlan, share_out
-from pretrain.evaluation.context.planning import PLAN_FILE, Request, _measurable, plan_evaluation
+from pretrain.evaluation.context.planning import PLAN_FILE, _measurable, plan_evaluation
+from pretrain.evaluation.context.request import Request
 from pretrain.evaluation.context.results.curves import profiles
 from pretrain.evaluation.context.results.evaluation import Evaluation
 from pretrain.evaluation.context.results.verdict import (

@@ -43,7 +43,7 @@ def length_results(evaluation: Evaluation) -> list[LengthResult]:
 def _length_result(
     evaluation: Evaluation, multiple: float, before: Scores | None, needing: Bools | None
 ) -> LengthResult:
-    """`before` are the scores at the length before, if there is one."""
+    """Compare with the training length, and with `before`, the scores at the length before."""
     mean, threshold = evaluation.bootstrap.mean, evaluation.plan.context_threshold
     scores = evaluation.plain(multiple)
     gains = evaluation.plain(1.0).losses - scores.losses
