@@ -112,7 +112,7 @@ def data_index(
     [bold]Example:[/bold] diptych data index corpora/theirs theirs-*.tar --tokenizer their.model --valid held-out.tar
     """
     from launch.show.corpus import corpus_summary
-    from pretrain.data.build.joining import index_shards
+    from pretrain.data.build.foreign import index_shards
 
     parts = {"train": shards, "valid": valid or [], "test": test or []}
     with disk_errors(corpus, _AGAIN):

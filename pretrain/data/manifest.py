@@ -6,13 +6,17 @@ else in it, and therefore every byte of every shard; a checkpoint remembers it.
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pretrain.data.arrays import Ints
 from pretrain.errors import UserError
-from pretrain.files import sha256_of, write_json
+from pretrain.files import atomic_path, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 
@@ -44,14 +48,14 @@ class ShardEntry(_Entry):
     bytes: int
     sha256: Digest
     index_sha256: Digest
-    """Of the index file, int64 [samples, 3]: byte offset of the first token in the tar, number of tokens, number of
-    the source in `Manifest.sources`."""
+    """Digest of the index file, int64 [samples, 3]: byte offset of the first token in the tar, number of tokens, number
+    of the source in `Manifest.sources`."""
     samples: int
     tokens: int
 
     @property
     def index_path(self) -> str:
-        """Relative path of the index file."""
+        """Path of the index file, relative as well."""
         return self.path.removesuffix(".tar") + ".index.npy"
 
 
@@ -84,7 +88,8 @@ class TokenizerEntry(_Entry):
     kind: str
     vocab_size: int
     sample_sha256: Digest | None = None
-    """Of the texts that it was trained on, each as its UTF-8 bytes after their number (8 bytes, little-endian)."""
+    """Digest of the texts that it was trained on: of each, the number of its UTF-8 bytes (8 bytes, little-endian) and
+    these."""
 
 
 class SplitRule(_Entry):
@@ -103,12 +108,12 @@ class Manifest(_Entry):
     token_dtype: Literal["uint8", "uint16", "uint32", "int16", "int32", "int64"]
     """Little-endian; signed only in shards of others."""
     token_counts_sha256: Digest
-    """Of token_counts.npy, int64 [vocab_size]: how often each id occurs in the training split."""
+    """Digest of token_counts.npy, int64 [vocab_size]: how often each id occurs in the training split."""
     split_rule: SplitRule
     sources: list[SourceEntry]
     splits: dict[Split, SplitEntry]
     build_key: Digest | None = None
-    """Of the settings and the names and sizes of the raw files that the corpus was built from."""
+    """Digest of the settings and the names and sizes of the raw files that the corpus was built from."""
     fingerprint: str = ""
 
     @property
@@ -123,6 +128,18 @@ class Manifest(_Entry):
         if self.tokenizer.sample_sha256 is None:
             del content["tokenizer"]["sample_sha256"]  # A manifest from before there was one keeps its fingerprint.
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def length_histogram(lengths: Iterable[int]) -> dict[int, int]:
+    """Count documents by their tokens, as in `SplitEntry.length_histogram`."""
+    return dict(sorted(Counter(1 << (max(length, 1) - 1).bit_length() for length in lengths).items()))
+
+
+def save_token_counts(corpus: Path, counts: Ints) -> str:
+    """Write how often each id occurs in the training split, int64 [vocab_size]; return the file's digest."""
+    with atomic_path(corpus / TOKEN_COUNTS) as temporary, temporary.open("wb") as file:
+        np.save(file, counts)
+    return sha256_of(corpus / TOKEN_COUNTS)
 
 
 def save_manifest(corpus: Path, manifest: Manifest) -> Manifest:

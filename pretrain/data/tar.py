@@ -25,12 +25,57 @@ class TarMember:
 
     name: str
     offset: int
-    """Of its first byte in the (unpacked) archive."""
+    """Place of its first byte in the (unpacked) archive."""
     content: bytes
 
 
+class _Blocks:
+    """Archive as it is read, front to back and in whole blocks."""
+
+    def __init__(self, archive: BinaryIO, label: str) -> None:
+        self.archive, self.label, self.offset = archive, label, 0
+
+    def header(self) -> bytes | None:
+        """Read a member's header and check it; None at the end, which must be one."""
+        header = self.archive.read(_BLOCK)
+        if not header.strip(b"\0"):
+            if len(header) < _BLOCK:
+                raise UserError(f"{self.label} is cut off: no end of the archive at byte {self.offset:,}")
+            while rest := self.archive.read(2**20):
+                if rest.strip(b"\0"):
+                    raise UserError(f"{self.label} is damaged: something follows its end at byte {self.offset:,}")
+            return None
+        if len(header) < _BLOCK:
+            raise UserError(f"{self.label} is cut off: it ends inside a header at byte {self.offset + len(header):,}")
+        if self.number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            raise UserError(f"{self.label} is damaged: the header at byte {self.offset:,} has a wrong checksum")
+        return header
+
+    def number(self, field: bytes) -> int:
+        """Read a number of the header at hand."""
+        if field[0] == 0x80:
+            return int.from_bytes(field[1:], "big")
+        try:
+            return int(field.strip(b" \0") or b"0", 8)
+        except ValueError as error:
+            raise UserError(
+                f"{self.label} is damaged, or no tar: the header at byte {self.offset:,} holds no number"
+            ) from error
+
+    def content(self, size: int, name: str) -> bytes:
+        """Read the content of member `name`."""
+        padded = -(-size // _BLOCK) * _BLOCK
+        content = self.archive.read(padded)
+        if len(content) < padded:
+            raise UserError(
+                f"{self.label} is cut off: it ends inside member {name!r} at byte {self.offset + len(content):,}"
+            )
+        self.offset += padded
+        return content[:size]
+
+
 def tar_members(archive: BinaryIO, label: str, largest: int = 2**31) -> Iterator[TarMember]:
-    """All regular files, in order.
+    """Yield all regular files, in order.
 
     Args:
         archive: only read from, front to back.
@@ -40,60 +85,26 @@ def tar_members(archive: BinaryIO, label: str, largest: int = 2**31) -> Iterator
     Raises:
         UserError: a header whose checksum is wrong, a member cut off, no end of the archive, or something too large.
     """
-    offset, long_name = 0, None
-
-    def take(size: int, what: str) -> bytes:
-        nonlocal offset
-        padded = -(-size // _BLOCK) * _BLOCK
-        content = archive.read(padded)
-        if len(content) < padded:
-            raise UserError(f"{label} is cut off: it ends inside {what} at byte {offset + len(content):,}")
-        offset += padded
-        return content[:size]
-
-    while True:
-        header = archive.read(_BLOCK)
-        if not header.strip(b"\0"):
-            if len(header) < _BLOCK:
-                raise UserError(f"{label} is cut off: no end of the archive at byte {offset:,}")
-            while rest := archive.read(2**20):
-                if rest.strip(b"\0"):
-                    raise UserError(f"{label} is damaged: something follows its end at byte {offset:,}")
-            return
-        if len(header) < _BLOCK:
-            raise UserError(f"{label} is cut off: it ends inside a header at byte {offset + len(header):,}")
-        _check(header, label, offset)
-        offset += _BLOCK
-        size, kind = _number(header[124:136], label, offset), header[156:157]
+    blocks, long_name = _Blocks(archive, label), None
+    while (header := blocks.header()) is not None:
+        size, kind, name = blocks.number(header[124:136]), header[156:157], _text(header[:100])
+        blocks.offset += _BLOCK
         extended = kind in (_LONG_NAME, _PAX, _PAX_GLOBAL)
         if size > (_LARGEST_EXTENDED_HEADER if extended else largest):
-            raise UserError(f"{label}: a {'header' if extended else 'member'} of {size:,} bytes at byte {offset:,}")
-        begin, content = offset, take(size, f"member {_text(header[:100])!r}")
+            raise UserError(
+                f"{label}: a {'header' if extended else 'member'} of {size:,} bytes at byte {blocks.offset:,}"
+            )
+        begin, content = blocks.offset, blocks.content(size, name)
         if kind == _LONG_NAME:
             long_name = _text(content)
         elif kind == _PAX:
             long_name = _pax_path(content) or long_name
         elif kind in (b"0", b"\0"):
             prefix = _text(header[345:500]) if header[257:262] == b"ustar" and header[263:265] == b"00" else ""
-            yield TarMember(long_name or "/".join(filter(None, (prefix, _text(header[:100])))), begin, content)
+            yield TarMember(long_name or "/".join(filter(None, (prefix, name))), begin, content)
             long_name = None
         elif kind != _PAX_GLOBAL:
             long_name = None
-
-
-def _check(header: bytes, label: str, offset: int) -> None:
-    expected = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if _number(header[148:156], label, offset) != expected:
-        raise UserError(f"{label} is damaged: the header at byte {offset:,} has a wrong checksum")
-
-
-def _number(field: bytes, label: str, offset: int) -> int:
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise UserError(f"{label} is damaged, or no tar: the header at byte {offset:,} holds no number") from error
 
 
 def _text(field: bytes) -> str:

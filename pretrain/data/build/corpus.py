@@ -20,9 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config.data import CorpusConfig
-from pretrain.data.build.groups import RAW_FILES_CHANGED, Group, GroupRecord, Workplace, build_groups, deal_to_groups
+from pretrain.data.build.groups import (
+    RAW_FILES_CHANGED,
+    GroupRecord,
+    ShardGroup,
+    Workplace,
+    build_groups,
+    deal_to_groups,
+)
 from pretrain.data.build.plan import (
-    Report,
+    BuildProgress,
     Scan,
     all_documents,
     held_out_first,
@@ -33,15 +40,14 @@ from pretrain.data.build.plan import (
 from pretrain.data.manifest import (
     MANIFEST,
     SPLITS,
-    TOKEN_COUNTS,
     TOKENIZER,
     Manifest,
-    Split,
     SplitEntry,
     SplitRule,
     TokenizerEntry,
     load_manifest,
     save_manifest,
+    save_token_counts,
 )
 from pretrain.data.shards.shard import verify_shard
 from pretrain.data.sources.documents import InputFile
@@ -63,14 +69,14 @@ def silent(stage: str, done: int, total: int, documents: int) -> None:
     """Report nothing."""
 
 
-def build_corpus(config: CorpusConfig, report: Report = silent, share: tuple[int, int] = (0, 1)) -> Manifest:
+def build_corpus(config: CorpusConfig, report: BuildProgress = silent, share: tuple[int, int] = (0, 1)) -> Manifest:
     """Make the corpus at `config.path`, continue a build that was killed, or return the finished one.
 
     Args:
         config: what to build; the result does not depend on `processes`.
         report: called with a stage (reading, tokenizer, encoding, already built; "(continuing)" is added to one that
             an earlier build began), bytes of text done, those in all (0 while not known), and documents done.
-        share: (k, n) reads every n-th file of each source, from the k-th (counted from 0); parts.py uses it.
+        share: (k, n) reads every n-th file of each source, from the k-th (counted from 0): what a part is built from.
 
     Raises:
         UserError: wrong sources, a bad record, a corpus too small for its splits, streams or vocabulary, a finished
@@ -96,7 +102,7 @@ def build_corpus(config: CorpusConfig, report: Report = silent, share: tuple[int
         return finished
     kept = "the shards that are finished are kept. Free space and run the same command again: it continues"
     with disk_errors(config.path, kept), _exclusive(config.path):
-        return _already_built(config, key, report) or _build(config, inputs, key, report)
+        return _already_built(config, key, report) or _Build(config, inputs, key, report).run()
 
 
 def build_key(config: CorpusConfig, inputs: Inputs) -> str:
@@ -122,7 +128,7 @@ def _model_digest(model: Path) -> str:
     return sha256_of(model)
 
 
-def _already_built(config: CorpusConfig, key: str, report: Report) -> Manifest | None:
+def _already_built(config: CorpusConfig, key: str, report: BuildProgress) -> Manifest | None:
     if not (config.path / MANIFEST).is_file():
         return None
     manifest = load_manifest(config.path)
@@ -162,37 +168,131 @@ def _refuse_foreign_shards(corpus: Path) -> None:
                 )
 
 
-# ------------------------------------------------------------------------------------------------------- the build
+class _Build:
+    """A build at work: what its steps share. Made inside the lock."""
 
+    def __init__(self, config: CorpusConfig, inputs: Inputs, key: str, report: BuildProgress) -> None:
+        self.config, self.inputs, self.key, self.report = config, inputs, key, report
+        self.corpus, self.state = config.path, _state_digest(inputs, key)
+        self.records = self.corpus / _BUILD / self.state[:16]
+        """Folder of what is finished."""
+        self._drop_other_records()
+        self.continuing = " (continuing)" if any(self.records.iterdir()) else ""
 
-def _build(config: CorpusConfig, inputs: Inputs, key: str, report: Report) -> Manifest:
-    state = _state_digest(inputs, key)
-    records, continuing = _open_records(config.path, state)
-    found = scan(config, inputs, report)
-    tokenizer, sample_sha256 = _finish_tokenizer(config, inputs, found, records, report)
-    names = tuple(source.name for source in found.sources)
-    place = Workplace(config.path, records, sha256_of(config.path / TOKENIZER), config.shard_bytes, names)
-    # A token of trained text is rarely shorter than two bytes; a residue is one token of one byte.
-    per_byte = 1.0 if config.tokenizer.kind == "protein" else np.dtype(tokenizer.token_dtype).itemsize / 2
-    groups = plan_groups(found, config, per_byte)
-    results = _encode(config, inputs, found, groups, place, report, " (continuing)" if continuing else "")
-    entry = TokenizerEntry(
-        sha256=place.tokenizer_sha256,
-        kind="existing" if config.tokenizer.model else config.tokenizer.kind,
-        vocab_size=tokenizer.vocab_size,
-        sample_sha256=sample_sha256,
-    )
-    manifest = _describe_build(config, found, entry, place, results, key)
-    if _state_digest(inputs, key) != state:
-        raise UserError(RAW_FILES_CHANGED)
-    _remove_leftovers(config.path, manifest)
-    sealed = save_manifest(config.path, manifest)
-    shutil.rmtree(config.path / _BUILD, ignore_errors=True)
-    return sealed
+    def run(self) -> Manifest:
+        """Take all steps, the manifest last."""
+        found = scan(self.config, self.inputs, self.report)
+        tokenizer, sample_sha256 = self._tokenizer(found)
+        sources = tuple(source.name for source in found.sources)
+        digest = sha256_of(self.corpus / TOKENIZER)
+        place = Workplace(self.corpus, self.records, digest, self.config.shard_bytes, sources)
+        results = self._encode(found, tokenizer, place)
+        given = self.config.tokenizer
+        entry = TokenizerEntry(
+            sha256=digest,
+            kind="existing" if given.model else given.kind,
+            vocab_size=tokenizer.vocab_size,
+            sample_sha256=sample_sha256,
+        )
+        manifest = self._describe(found, entry, results)
+        if _state_digest(self.inputs, self.key) != self.state:
+            raise UserError(RAW_FILES_CHANGED)
+        _remove_leftovers(self.corpus, manifest)
+        sealed = save_manifest(self.corpus, manifest)
+        shutil.rmtree(self.corpus / _BUILD, ignore_errors=True)
+        return sealed
+
+    def _drop_other_records(self) -> None:
+        """Delete records of another state, and what was written half."""
+        for other in (self.corpus / _BUILD).iterdir():
+            if other.is_dir() and other != self.records:
+                shutil.rmtree(other)
+        self.records.mkdir(exist_ok=True)
+        for folder in (self.corpus, self.records, *(self.corpus / split for split in SPLITS)):
+            for temporary in folder.glob(".*.tmp"):
+                temporary.unlink()
+
+    def _tokenizer(self, found: Scan) -> tuple[Tokenizer, str | None]:
+        """Return the tokenizer, and the sha256 of the texts that it was trained on, if there were any."""
+        given, path, note = self.config.tokenizer, self.corpus / TOKENIZER, self.records / "tokenizer.json"
+        if note.is_file() and path.is_file() and json.loads(note.read_text())["sha256"] == sha256_of(path):
+            self.report("tokenizer (continuing)", 1, 1, 0)
+            return Tokenizer(path), json.loads(note.read_text()).get("sample_sha256")
+        sample = hashlib.sha256()
+        if given.model:
+            Tokenizer(given.model)
+            with atomic_path(path) as temporary:
+                shutil.copyfile(given.model, temporary)
+        else:
+            wanted = {} if given.kind == "protein" else sampled_characters(found, training_characters(given))
+            total = sum(wanted.values())
+            self.report("tokenizer", 0, total, 0)
+            numbered = enumerate(all_documents(self.config, self.inputs)) if wanted else ()
+            texts = (document.text[: wanted[number]] for number, document in numbered if number in wanted)
+            train_tokenizer(_hashed(texts, sample), given, path)
+            self.report("tokenizer", total, total, 0)
+        sample_sha256 = None if given.model or given.kind == "protein" else sample.hexdigest()
+        write_json(note, {"sha256": sha256_of(path), "sample_sha256": sample_sha256})
+        return Tokenizer(path), sample_sha256
+
+    def _encode(self, found: Scan, tokenizer: Tokenizer, place: Workplace) -> dict[ShardGroup, GroupRecord]:
+        """Return the records of all groups, after building those that have none."""
+        # A token of trained text is rarely shorter than two bytes; a residue is one token of one byte.
+        is_protein = self.config.tokenizer.kind == "protein"
+        groups = plan_groups(found, self.config, 1.0 if is_protein else np.dtype(tokenizer.token_dtype).itemsize / 2)
+        everything = [ShardGroup(split, number) for split in SPLITS for number in range(len(groups[split]))]
+        results = {group: record for group in everything if (record := _finished_record(place, group))}
+
+        done = Counter[str]()
+
+        def tell(records: Iterable[GroupRecord]) -> None:
+            for record in records:
+                done.update(characters=record.characters, documents=record.documents)
+            text_bytes = round(done["characters"] * found.bytes_per_character)
+            self.report(f"encoding{self.continuing}", text_bytes, found.total_bytes, done["documents"])
+
+        def finished(group: ShardGroup, record: GroupRecord) -> None:
+            results[group] = record
+            tell([record])
+
+        tell(results.values())
+        missing = {group for group in everything if group not in results}
+        if missing:
+            processes = min(self.config.processes or os.cpu_count() or 1, len(missing))
+            tasks = deal_to_groups(all_documents(self.config, self.inputs), found, groups, missing)
+            build_groups(place, tasks, processes, finished)
+        return {group: results[group] for group in everything}
+
+    def _describe(self, found: Scan, tokenizer: TokenizerEntry, results: dict[ShardGroup, GroupRecord]) -> Manifest:
+        """Return the manifest, after writing the token counts that it refers to."""
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        splits = {}
+        for index, split in enumerate(SPLITS):
+            records = [record for group, record in results.items() if group.split == split]
+            shards = [shard for record in records for shard in record.shards]
+            histogram = sum((Counter(record.length_histogram) for record in records), Counter[int]())
+            splits[split] = SplitEntry(
+                documents=found.count(split),
+                characters=int(found.characters[found.splits == index].sum()),
+                tokens=sum(shard.tokens for shard in shards),
+                length_histogram=dict(sorted(histogram.items())),
+                shards=shards,
+            )
+            if split == "train":
+                counts += np.sum([record.token_counts for record in records], axis=0, dtype=np.int64)
+        return Manifest(
+            tokenizer=tokenizer,
+            token_dtype=token_dtype(tokenizer.vocab_size),
+            token_counts_sha256=save_token_counts(self.corpus, counts),
+            split_rule=_split_rule(self.config),
+            sources=found.sources,
+            splits=splits,
+            build_key=self.key,
+        )
 
 
 def _state_digest(inputs: Inputs, key: str) -> str:
-    """Besides the key, what finished shards depend on: when the raw files were written, and who encodes."""
+    """Return a digest of what finished shards depend on besides the key: when raw files were written, who encodes."""
     state = {
         "build_key": key,
         "modified_ns": [[file.path.stat().st_mtime_ns for file in files] for files in inputs],
@@ -201,132 +301,20 @@ def _state_digest(inputs: Inputs, key: str) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def _open_records(corpus: Path, state: str) -> tuple[Path, bool]:
-    """The folder of what is finished, and whether anything is; records of another state are dropped."""
-    records = corpus / _BUILD / state[:16]
-    for other in (corpus / _BUILD).iterdir():
-        if other.is_dir() and other != records:
-            shutil.rmtree(other)
-    records.mkdir(exist_ok=True)
-    for folder in (corpus, records, *(corpus / split for split in SPLITS)):
-        for temporary in folder.glob(".*.tmp"):
-            temporary.unlink()
-    return records, any(records.iterdir())
-
-
-def _finish_tokenizer(
-    config: CorpusConfig, inputs: Inputs, found: Scan, records: Path, report: Report
-) -> tuple[Tokenizer, str | None]:
-    """The tokenizer, and the sha256 of the texts that it was trained on, if there were any."""
-    path, note = config.path / TOKENIZER, records / "tokenizer.json"
-    if note.is_file() and path.is_file() and json.loads(note.read_text())["sha256"] == sha256_of(path):
-        report("tokenizer (continuing)", 1, 1, 0)
-        return Tokenizer(path), json.loads(note.read_text()).get("sample_sha256")
-    sample = hashlib.sha256()
-    if config.tokenizer.model:
-        Tokenizer(config.tokenizer.model)
-        with atomic_path(path) as temporary:
-            shutil.copyfile(config.tokenizer.model, temporary)
-    else:
-        wanted = {}
-        if config.tokenizer.kind != "protein":
-            wanted = sampled_characters(found, training_characters(config.tokenizer))
-        total = sum(wanted.values())
-        report("tokenizer", 0, total, 0)
-        numbered = enumerate(all_documents(config, inputs)) if wanted else ()
-        texts = (document.text[: wanted[number]] for number, document in numbered if number in wanted)
-        train_tokenizer(_hashed(texts, sample), config.tokenizer, path)
-        report("tokenizer", total, total, 0)
-    untrained = config.tokenizer.model or config.tokenizer.kind == "protein"
-    sample_sha256 = None if untrained else sample.hexdigest()
-    write_json(note, {"sha256": sha256_of(path), "sample_sha256": sample_sha256})
-    return Tokenizer(path), sample_sha256
-
-
 def _hashed(texts: Iterable[str], into: "hashlib._Hash") -> Iterator[str]:
-    """The same texts; each is added to the digest, after its length, as it is taken."""
+    """Yield the same texts; each is added to the digest, after its length, as it is taken."""
     for text in texts:
         content = text.encode()
         into.update(len(content).to_bytes(8, "little") + content)
         yield text
 
 
-def _encode(
-    config: CorpusConfig,
-    inputs: Inputs,
-    found: Scan,
-    groups: dict[Split, list[int]],
-    place: Workplace,
-    report: Report,
-    suffix: str,
-) -> dict[Group, GroupRecord]:
-    everything = [Group(split, number) for split in SPLITS for number in range(len(groups[split]))]
-    results = {group: record for group in everything if (record := _finished_record(place, group))}
-    characters = sum(record.characters for record in results.values())
-    documents = sum(record.documents for record in results.values())
-
-    def tell() -> None:
-        report(f"encoding{suffix}", round(characters * found.bytes_per_character), found.total_bytes, documents)
-
-    def finished(group: Group, record: GroupRecord) -> None:
-        nonlocal characters, documents
-        results[group] = record
-        characters += record.characters
-        documents += record.documents
-        tell()
-
-    tell()
-    missing = {group for group in everything if group not in results}
-    if missing:
-        processes = min(config.processes or os.cpu_count() or 1, len(missing))
-        tasks = deal_to_groups(all_documents(config, inputs), found, groups, missing)
-        build_groups(place, tasks, processes, finished)
-    return {group: results[group] for group in everything}
-
-
-def _finished_record(place: Workplace, group: Group) -> GroupRecord | None:
+def _finished_record(place: Workplace, group: ShardGroup) -> GroupRecord | None:
     path = group.record_path(place.records)
     if not path.is_file():
         return None
     record = GroupRecord.model_validate_json(path.read_bytes())
     return None if any(verify_shard(place.corpus, entry) for entry in record.shards) else record
-
-
-def _describe_build(
-    config: CorpusConfig,
-    found: Scan,
-    tokenizer: TokenizerEntry,
-    place: Workplace,
-    results: dict[Group, GroupRecord],
-    key: str,
-) -> Manifest:
-    """The manifest, after writing the token counts that it refers to."""
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    splits = {}
-    for index, split in enumerate(SPLITS):
-        of_split = [record for group, record in results.items() if group.split == split]
-        shards = [shard for record in of_split for shard in record.shards]
-        histogram = sum((Counter(record.length_histogram) for record in of_split), Counter[int]())
-        splits[split] = SplitEntry(
-            documents=found.count(split),
-            characters=int(found.characters[found.splits == index].sum()),
-            tokens=sum(shard.tokens for shard in shards),
-            length_histogram=dict(sorted(histogram.items())),
-            shards=shards,
-        )
-        if split == "train":
-            counts += np.sum([record.token_counts for record in of_split], axis=0, dtype=np.int64)
-    with atomic_path(place.corpus / TOKEN_COUNTS) as temporary, temporary.open("wb") as file:
-        np.save(file, counts)
-    return Manifest(
-        tokenizer=tokenizer,
-        token_dtype=token_dtype(tokenizer.vocab_size),
-        token_counts_sha256=sha256_of(place.corpus / TOKEN_COUNTS),
-        split_rule=_split_rule(config),
-        sources=found.sources,
-        splits=splits,
-        build_key=key,
-    )
 
 
 def _split_rule(config: CorpusConfig) -> SplitRule:

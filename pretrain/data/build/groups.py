@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pretrain.data.build.plan import REMOVED, Scan
-from pretrain.data.manifest import SPLITS, TOKENIZER, ShardEntry, Split
+from pretrain.data.manifest import SPLITS, TOKENIZER, ShardEntry, Split, length_histogram
 from pretrain.data.shards.shard import EncodedDocument, write_shard
 from pretrain.data.sources.documents import Document
 from pretrain.data.tokenizer import Tokenizer
@@ -32,15 +33,15 @@ RAW_FILES_CHANGED = (
 )
 
 
-_BLOCK, _RECORD = 512, 10_240
-"""Tar pads members to the one and the whole file to the other."""
+_TAR_BLOCK, _TAR_RECORD = 512, 10_240
+"""Bytes to a multiple of which tar pads members, and the whole file."""
 
 
-_NPY_HEADER = 128
+_NPY_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
-class Group:
+class ShardGroup:
     """Consecutive documents of one split: one worker's task."""
 
     split: Split
@@ -48,11 +49,11 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Relative path of its first shard, without .tar."""
+        """Path of its first shard, relative to the corpus and without .tar."""
         return f"{self.split}/shard-{self.number:06d}"
 
     def record_path(self, records: Path) -> Path:
-        """Where it is written down that the group is finished."""
+        """Return the file that says that the group is finished."""
         return records / f"{self.split}-{self.number:06d}.json"
 
 
@@ -65,20 +66,21 @@ class GroupRecord(BaseModel):
     shards: list[ShardEntry]
     length_histogram: dict[int, int]
     token_counts: list[int]
-    """[vocab_size]"""
+    """How often each id occurs, [vocab_size]."""
 
     @property
     def documents(self) -> int:
-        """How many."""
+        """Number of documents in the group."""
         return sum(self.length_histogram.values())
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where workers read the tokenizer from and write to."""
+    """Folders and settings that all workers share."""
 
     corpus: Path
     records: Path
+    """Folder of the records of finished groups."""
     tokenizer_sha256: str
     shard_bytes: int
     sources: tuple[str, ...]
@@ -86,22 +88,22 @@ class Workplace:
 
 
 def deal_to_groups(
-    documents: Iterator[Document], found: Scan, groups: dict[Split, list[int]], missing: set[Group]
-) -> Iterator[tuple[Group, list[Document]]]:
-    """Give each group that is missing, with its documents, as soon as it is full.
+    documents: Iterator[Document], found: Scan, groups: dict[Split, list[int]], missing: set[ShardGroup]
+) -> Iterator[tuple[ShardGroup, list[Document]]]:
+    """Yield each group that is missing, with its documents, as soon as it is full.
 
     Args:
         documents: all, in reading order.
         found: the split of each.
-        groups: documents per group of each split.
-        missing: groups to give.
+        groups: number of documents in each group of each split.
+        missing: groups to yield.
 
     Raises:
         UserError: these are not the documents that were found before.
     """
-    open_groups = {split: Group(split, 0) for split in SPLITS}
+    open_groups = {split: ShardGroup(split, 0) for split in SPLITS}
     held: dict[Split, list[Document]] = {split: [] for split in SPLITS}
-    seen = Counter[Group]()
+    seen = Counter[ShardGroup]()
     number = -1
     for number, document in enumerate(documents):
         if number >= len(found.splits):
@@ -116,7 +118,7 @@ def deal_to_groups(
         if seen[group] == groups[split][group.number]:
             if group in missing:
                 yield group, held[split]
-            open_groups[split], held[split] = Group(split, group.number + 1), []
+            open_groups[split], held[split] = ShardGroup(split, group.number + 1), []
     if number + 1 != len(found.splits):
         raise UserError(RAW_FILES_CHANGED)
 
@@ -126,8 +128,8 @@ def _tokenizer(path: Path, sha256: str) -> Tokenizer:  # noqa: ARG001 - another 
     return Tokenizer(path)
 
 
-def build_group(place: Workplace, group: Group, documents: Sequence[Document]) -> GroupRecord:
-    """Encode the documents, write the shards, then the record."""
+def build_group(place: Workplace, group: ShardGroup, documents: Sequence[Document]) -> GroupRecord:
+    """Encode the documents, write their shards, then the record."""
     tokenizer = _tokenizer(place.corpus / TOKENIZER, place.tokenizer_sha256)
     encoded = [
         EncodedDocument(
@@ -138,18 +140,17 @@ def build_group(place: Workplace, group: Group, documents: Sequence[Document]) -
         for document in documents
     ]
     shards = []
-    for part, members in enumerate(cut_to_shards(encoded, place.shard_bytes)):
-        entry = write_shard(place.corpus, f"{group.name}{f'-{part}' if part else ''}.tar", members, place.sources)
+    for number, members in enumerate(cut_to_shards(encoded, place.shard_bytes)):
+        entry = write_shard(place.corpus, f"{group.name}{f'-{number}' if number else ''}.tar", members, place.sources)
         assert entry.bytes <= place.shard_bytes or entry.samples == 1, f"{entry.path} has {entry.bytes} bytes"
         shards.append(entry)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for document in encoded:
         counts += np.bincount(document.ids, minlength=len(counts))
-    lengths = Counter(1 << (max(len(document.ids), 1) - 1).bit_length() for document in encoded)
     record = GroupRecord(
         characters=sum(len(document.text) for document in documents),
         shards=shards,
-        length_histogram=dict(sorted(lengths.items())),
+        length_histogram=length_histogram(len(document.ids) for document in encoded),
         token_counts=counts.tolist(),
     )
     write_text(group.record_path(place.records), record.model_dump_json())
@@ -157,7 +158,7 @@ def build_group(place: Workplace, group: Group, documents: Sequence[Document]) -
 
 
 def cut_to_shards(documents: Iterable[EncodedDocument], shard_bytes: int) -> Iterator[list[EncodedDocument]]:
-    """Usually one list; more if the estimate that the group was planned by was too low."""
+    """Yield lists of documents that fit into a shard: usually one, for that is what a group is planned for."""
     members: list[EncodedDocument] = []
     filled = 0
     for document in documents:
@@ -171,12 +172,12 @@ def cut_to_shards(documents: Iterable[EncodedDocument], shard_bytes: int) -> Ite
 
 
 def _stored_bytes(document: EncodedDocument) -> int:
-    payloads = (_NPY_HEADER + document.ids.nbytes, len(json.dumps(document.info).encode()))
-    return sum(_BLOCK + _rounded_up(payload, _BLOCK) for payload in payloads)
+    payloads = (_NPY_HEADER_BYTES + document.ids.nbytes, len(json.dumps(document.info).encode()))
+    return sum(_TAR_BLOCK + _rounded_up(payload, _TAR_BLOCK) for payload in payloads)
 
 
 def _archive_bytes(members: int) -> int:
-    return _rounded_up(members + 2 * _BLOCK, _RECORD)
+    return _rounded_up(members + 2 * _TAR_BLOCK, _TAR_RECORD)
 
 
 def _rounded_up(size: int, multiple: int) -> int:
@@ -188,11 +189,11 @@ def _rounded_up(size: int, multiple: int) -> int:
 
 def build_groups(
     place: Workplace,
-    tasks: Iterable[tuple[Group, list[Document]]],
+    tasks: Iterable[tuple[ShardGroup, list[Document]]],
     processes: int,
-    finished: Callable[[Group, GroupRecord], None],
+    finished: Callable[[ShardGroup, GroupRecord], None],
 ) -> None:
-    """Build all groups, in this process or several; `finished` is called in this one, in no particular order.
+    """Build all groups, in this process or several; `finished` is called in this one, in any order.
 
     No more than `processes` + 1 groups are handed out at a time.
 
@@ -205,7 +206,7 @@ def build_groups(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
-    running: dict[Future[GroupRecord], Group] = {}
+    running: dict[Future[GroupRecord], ShardGroup] = {}
 
     def take(limit: int) -> None:
         while len(running) > limit:
@@ -228,7 +229,11 @@ def build_groups(
 
 
 def _start_worker() -> None:
-    """Leave interrupts to the parent, and do not outlive it: a pool's worker would wait for work for ever."""
+    """Leave interrupts to the parent, and do not outlive it: a pool's worker would wait for work for ever.
+
+    webdataset imports torch if it can, which takes seconds and is of no use here: it goes without.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

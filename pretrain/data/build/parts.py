@@ -9,17 +9,17 @@ from pathlib import Path
 from pretrain.config.data import CorpusConfig
 from pretrain.data.build.corpus import build_corpus, silent
 from pretrain.data.build.joining import merge_corpora
-from pretrain.data.build.plan import Report
+from pretrain.data.build.plan import BuildProgress
 from pretrain.data.manifest import MANIFEST, TOKENIZER, Manifest
 from pretrain.errors import UserError
 
 
 def part_path(corpus: Path, number: int, count: int) -> Path:
-    """The folder of part `number` of 0 to `count` - 1."""
+    """Return the folder of part `number` of 0 to `count` - 1."""
     return corpus.with_name(f"{corpus.name}.parts") / f"{number:04d}-of-{count:04d}"
 
 
-def build_part(config: CorpusConfig, number: int, count: int, report: Report = silent) -> Manifest:
+def build_part(config: CorpusConfig, number: int, count: int, report: BuildProgress = silent) -> Manifest:
     """Build part `number` of 0 to `count` - 1, or continue with it; see `build_corpus`.
 
     The first part trains the tokenizer, unless there is one, or the kind needs no training: then the others must wait
@@ -44,12 +44,8 @@ def build_part(config: CorpusConfig, number: int, count: int, report: Report = s
                 "tokenizer with corpus.tokenizer.model"
             )
         tokenizer = tokenizer.model_copy(update={"model": first / TOKENIZER})
-    shards = -(-config.min_train_shards // count)
-    update = {
-        "path": part_path(config.path, number, count),
-        "tokenizer": tokenizer,
-        "min_train_shards": shards,
-    }
+    path, shards = part_path(config.path, number, count), -(-config.min_train_shards // count)
+    update = {"path": path, "tokenizer": tokenizer, "min_train_shards": shards}
     return build_corpus(config.model_copy(update=update), report, share=(number, count))
 
 

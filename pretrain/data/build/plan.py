@@ -1,6 +1,6 @@
-"""What a corpus build will do, known before anything is encoded: each document's split and its place in the shards.
+"""Decisions of a build before anything is encoded: each document's split and its place in the shards.
 
-The plan is a pure function of the documents and the config. It holds a few numbers per document and no text.
+They are a pure function of the documents and the config. A scan holds a few numbers per document and no text.
 """
 
 import hashlib
@@ -15,31 +15,32 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.data import CorpusConfig, SplitsConfig
-from pretrain.data.build.filters import reason_to_remove
+from pretrain.data.build.filters import Sieve
 from pretrain.data.manifest import SPLITS, SourceEntry, Split
 from pretrain.data.sources.documents import Document, InputFile
 from pretrain.data.sources.inputs import source_name
 from pretrain.data.sources.reading import read_documents
 from pretrain.errors import UserError
 
-Report = Callable[[str, int, int, int], None]
-"""Called with a stage, the bytes of text done, those in all (0 while that is not known), and the documents done."""
+BuildProgress = Callable[[str, int, int, int], None]
+"""Function to call with a stage, the bytes of text done, those in all (0 while not known), and the documents done."""
 
 
 REMOVED = 255
-"""Stands for a split where a filter left the document out."""
+"""Index in place of a split's where the document is left out."""
 
 
-_REPORT_EVERY = 2**20
+_REPORT_EVERY_BYTES = 2**20
 
 
 _OVERHEAD_BYTES = 2560
-"""Of a document in a shard, at most: two tar headers, the .npy header, the .json member and their padding."""
+"""Bytes that a document takes in a shard beside its ids, at most: two tar headers, the .npy header, the .json member
+and their padding."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """All documents in reading order; every array is [documents]."""
+    """Numbers about all documents in reading order; every array is [documents]."""
 
     splits: npt.NDArray[np.uint8]
     """Index into SPLITS, or REMOVED."""
@@ -50,36 +51,36 @@ class Scan:
 
     @property
     def bytes_per_character(self) -> float:
-        """Of what is kept, in UTF-8."""
+        """UTF-8 bytes per character of what is kept."""
         kept = self.splits != REMOVED
         return float(self.utf8_bytes[kept].sum() / max(1, self.characters[kept].sum()))
 
     @property
     def total_bytes(self) -> int:
-        """Over all splits."""
+        """UTF-8 bytes of what is kept, over all splits."""
         return int(self.utf8_bytes[self.splits != REMOVED].sum())
 
     def count(self, split: Split) -> int:
-        """Documents in a split."""
+        """Number of documents in a split."""
         return int(np.count_nonzero(self.splits == SPLITS.index(split)))
 
 
 def text_hash(text: str) -> int:
-    """blake2b-64 of the text after NFKC, each run of white space as one space, and none at the ends."""
+    """Return blake2b-64 of the text after NFKC, each run of white space as one space, and none at the ends."""
     normalised = " ".join(unicodedata.normalize("NFKC", text).split())
     return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "big")
 
 
-def split_of(text_digest: int, rule: SplitsConfig) -> Split:
-    """The split of every document with this hash; equal texts never fall into two splits."""
-    fraction = text_digest / 2**64
+def split_of(text_hash: int, rule: SplitsConfig) -> Split:
+    """Return the split of every document with this hash; equal texts never fall into two splits."""
+    fraction = text_hash / 2**64
     if fraction < rule.test:
         return "test"
     return "valid" if fraction < rule.test + rule.valid else "train"
 
 
 def held_out_first(config: CorpusConfig) -> CorpusConfig:
-    """The config with sources that are given to test and valid in front, and nothing split off by hash beside them.
+    """Return the config with sources given to test and valid in front, and nothing split off by hash beside them.
 
     So whatever is held out has been seen when an equal document comes that would go elsewhere.
     """
@@ -93,14 +94,14 @@ def held_out_first(config: CorpusConfig) -> CorpusConfig:
 def all_documents(
     config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], skipped: Sequence[Counter[str]] | None = None
 ) -> Iterator[Document]:
-    """Documents of all sources, in order; `skipped` has a counter per source."""
+    """Yield the documents of all sources, in order; `skipped` has a counter per source."""
     counters = skipped or [Counter() for _ in config.sources]
     residues_only = config.tokenizer.kind == "protein"
     for source, files, counter in zip(config.sources, inputs, counters, strict=True):
         yield from read_documents(source, files, config.on_bad, counter, residues_only)
 
 
-def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Report) -> Scan:
+def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: BuildProgress) -> Scan:
     """Read everything once, and keep a few numbers per document; `config` is from `held_out_first`.
 
     Raises:
@@ -108,21 +109,15 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
     """
     splits, hashes, characters, utf8_bytes = bytearray(), array("Q"), array("q"), array("q")
     sources: list[SourceEntry] = []
-    seen: set[int] = set()
-    placed: dict[int, Split] | None = {} if any(source.split for source in config.sources) else None
+    sieve = Sieve(config)
     done = reported = 0
     for source, files in zip(config.sources, inputs, strict=True):
         skipped, kept = Counter[str](), Counter[str]()
         one_source = config.model_copy(update={"sources": [source]})
         for document in all_documents(one_source, [files], [skipped]):
             digest = text_hash(document.text)
-            reason = reason_to_remove(document.text, config.filters)
-            if reason is None and config.filters.deduplicate:
-                reason = "duplicate" if digest in seen else None
-                seen.add(digest)
             split = source.split or split_of(digest, config.splits)
-            if reason is None and placed is not None and placed.setdefault(digest, split) != split:
-                reason = f"also in {placed[digest]}"
+            reason = sieve.reason_to_remove(document.text, digest, split)
             if reason:
                 skipped[reason] += 1
             else:
@@ -132,25 +127,15 @@ def scan(config: CorpusConfig, inputs: Sequence[Sequence[InputFile]], report: Re
             characters.append(len(document.text))
             utf8_bytes.append(len(document.text.encode()))
             done += utf8_bytes[-1]
-            if done - reported >= _REPORT_EVERY:
+            if done - reported >= _REPORT_EVERY_BYTES:
                 reported = done
                 report("reading", done, 0, len(splits))
-        sources.append(
-            SourceEntry(
-                name=source_name(source),
-                files=len(files),
-                documents=kept["documents"],
-                characters=kept["characters"],
-                skipped=dict(sorted(skipped.items())),
-            )
-        )
+        counts = {"documents": kept["documents"], "characters": kept["characters"]}
+        skipped_by_reason = dict(sorted(skipped.items()))
+        sources.append(SourceEntry(name=source_name(source), files=len(files), skipped=skipped_by_reason, **counts))
     report("reading", done, done, len(splits))
     result = Scan(
-        splits=np.frombuffer(bytes(splits), np.uint8),
-        hashes=np.array(hashes),
-        characters=np.array(characters),
-        utf8_bytes=np.array(utf8_bytes),
-        sources=sources,
+        np.frombuffer(bytes(splits), np.uint8), np.array(hashes), np.array(characters), np.array(utf8_bytes), sources
     )
     check_large_enough(config, result)
     return result
@@ -197,7 +182,7 @@ def _larger_share(share: float) -> str:
 
 
 def sampled_characters(found: Scan, limit: int) -> dict[int, int]:
-    """Document -> how many of its characters to train the tokenizer on; training documents in order of their hash."""
+    """Return document -> how many of its characters to train the tokenizer on, taken in the order of their hashes."""
     train = np.flatnonzero(found.splits == SPLITS.index("train"))
     in_order = train[np.argsort(found.hashes[train], kind="stable")]
     before = np.cumsum(found.characters[in_order]) - found.characters[in_order]
@@ -214,7 +199,7 @@ def plan_groups(found: Scan, config: CorpusConfig, bytes_per_byte: float) -> dic
         bytes_per_byte: stored bytes per byte of UTF-8 text; an estimate, better too high than too low.
 
     Returns:
-        Documents per group, in order.
+        The number of documents in each group, in order.
     """
     stored = np.ceil(found.utf8_bytes * bytes_per_byte).astype(np.int64) + _OVERHEAD_BYTES
     at_least = {"train": config.min_train_shards, "valid": 1, "test": 1}
@@ -228,7 +213,7 @@ def cut_evenly(sizes: npt.NDArray[np.int64], limit: int, at_least: int) -> list[
     """Cut a sequence into runs of about equal size, each of at most `limit` unless it is a single item.
 
     Returns:
-        Items per run: `at_least` runs or more, as long as there are as many items.
+        The number of items in each run: `at_least` runs or more, as long as there are as many items.
     """
     left = int(sizes.sum())
     planned = max(at_least, math.ceil(left / limit))

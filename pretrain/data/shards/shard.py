@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import webdataset as wds
 
+from pretrain.data.arrays import AnyInts, Ints
 from pretrain.data.manifest import ShardEntry
 from pretrain.data.tar import TarMember, tar_members
 from pretrain.errors import UserError
@@ -25,7 +24,7 @@ from pretrain.files import atomic_path, sha256_of
 class EncodedDocument:
     """A document as it is stored: ids without begin or end symbols, and a small description."""
 
-    ids: npt.NDArray[np.unsignedinteger[Any]]
+    ids: AnyInts
     info: dict[str, Any]
 
 
@@ -36,16 +35,23 @@ def write_shard(
 
     `sources` are the names that the index numbers.
     """
+    import webdataset as wds  # which imports torch
+
     numbers = {name: number for number, name in reversed(list(enumerate(sources)))}
     of_documents = []
-    path = corpus / relative
     prefix = relative.removesuffix(".tar").replace("/", "-")
-    with atomic_path(path) as temporary:
+    with atomic_path(corpus / relative) as temporary:
         with wds.TarWriter(str(temporary), mtime=0, user="", group="") as tar:
             for number, document in enumerate(documents):
                 of_documents.append(numbers[document.info["source"]])
                 tar.write({"__key__": f"{prefix}-{number:08d}", "npy": document.ids, "json": document.info})
         index = np.column_stack((index_shard(temporary), np.array(of_documents, dtype=np.int64)))
+    return add_index(corpus, relative, index)
+
+
+def add_index(corpus: Path, relative: str, index: Ints) -> ShardEntry:
+    """Write the index int64 [samples, 3] of the shard `corpus/relative` beside it; return their entry."""
+    path = corpus / relative
     index_path = path.with_name(path.name.removesuffix(".tar") + ".index.npy")
     with atomic_path(index_path) as temporary, temporary.open("wb") as file:
         np.save(file, index)
@@ -59,8 +65,8 @@ def write_shard(
     )
 
 
-def index_shard(path: Path) -> npt.NDArray[np.int64]:
-    """int64 [samples, 2]: where the token ids of each .npy member begin in the tar, in bytes, and how many they are.
+def index_shard(path: Path) -> Ints:
+    """Return int64 [samples, 2]: the byte of the tar where each .npy member's token ids begin, and how many they are.
 
     Raises:
         UserError: the tar is damaged, or a member is not a plain one-dimensional array of unsigned integers.
@@ -74,8 +80,14 @@ def index_shard(path: Path) -> npt.NDArray[np.int64]:
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
+def read_index(path: Path) -> Ints:
+    """Return the index of a shard, int64 [samples, 3]; in one from before there were sources, all are of the first."""
+    index = np.load(path, allow_pickle=False)
+    return np.hstack((index, np.zeros((len(index), 1), np.int64))) if index.shape[1:] == (2,) else index
+
+
 def read_npy_header(member: TarMember, label: str) -> tuple[int, int, np.dtype[Any]]:
-    """Where the ids begin in a .npy member, how many they are, and of which type.
+    """Return where the ids begin in a .npy member, how many they are, and of which type.
 
     Raises:
         UserError: it is not a plain one-dimensional array of integers; a pickle is not.
@@ -95,7 +107,7 @@ def read_npy_header(member: TarMember, label: str) -> tuple[int, int, np.dtype[A
 
 
 def verify_shard(corpus: Path, entry: ShardEntry) -> str | None:
-    """None if the shard and its index are, byte for byte, what the manifest says; else what is wrong."""
+    """Return what is wrong with a shard or its index; None if they are, byte for byte, what the manifest says."""
     for relative, digest in ((entry.path, entry.sha256), (entry.index_path, entry.index_sha256)):
         path = corpus / relative
         if not path.is_file():
@@ -140,24 +152,23 @@ class Shard:
                 "the run goes on without it"
             )
         dtype = np.dtype(token_dtype)
-        index = np.load(corpus / entry.index_path, allow_pickle=False)
+        index = read_index(corpus / entry.index_path)
         if problem := _index_problem(index, entry, dtype):
             raise DamagedShardError(f"{corpus / entry.index_path} {problem}; make the corpus again")
-        self.firsts, self.lengths = index[:, 0] // dtype.itemsize, index[:, 1].copy()
-        self.sources = index[:, 2].copy() if index.shape[1] > 2 else np.zeros(len(index), dtype=np.int64)
+        self.firsts, self.lengths, self.sources = index[:, 0] // dtype.itemsize, index[:, 1].copy(), index[:, 2].copy()
         with (corpus / entry.path).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ids = np.frombuffer(mapped, dtype, entry.bytes // dtype.itemsize)
 
-    def tokens(self, sample: int, start: int, stop: int) -> npt.NDArray[np.integer[Any]]:
-        """Ids [start:stop) of one document, read from the tar and nothing else."""
+    def tokens(self, sample: int, start: int, stop: int) -> AnyInts:
+        """Return the ids [start:stop) of one document, read from the tar and nothing else."""
         first = self.firsts[sample]
         return self.ids[first + start : first + stop]
 
 
-def _index_problem(index: npt.NDArray[Any], entry: ShardEntry, dtype: np.dtype[Any]) -> str | None:
-    """Why an index cannot belong to a shard, although its digest is right; nothing is read outside the file."""
-    if index.ndim != 2 or index.shape[1] < 2 or index.dtype != np.int64 or len(index) != entry.samples:
+def _index_problem(index: AnyInts, entry: ShardEntry, dtype: np.dtype[Any]) -> str | None:
+    """Return why an index cannot belong to a shard, although its digest is right; nothing is read outside the file."""
+    if index.ndim != 2 or index.shape[1] < 3 or index.dtype != np.int64 or len(index) != entry.samples:
         return f"is {index.dtype} {list(index.shape)}, not the index of {entry.samples:,} samples"
     begins, counts = index[:, 0], index[:, 1]
     if (begins < 0).any() or (counts < 0).any() or (counts > entry.bytes).any():

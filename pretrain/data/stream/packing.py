@@ -6,14 +6,13 @@ Nothing here reads a token.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from pretrain.data.arrays import Floats, Ints
 from pretrain.data.counter_random import PlanChoice, order_within, permutation, uniform
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def whole_documents(document_lengths: Ints, repeats: Ints | None = None) -> Span
     return Spans(samples, np.zeros(len(samples), dtype=np.int64), document_lengths[samples] + 2)
 
 
-def repeats_of(weights: npt.NDArray[np.float64], epoch: int, *key: int) -> Ints:
+def repeats_of(weights: Floats, epoch: int, *key: int) -> Ints:
     """How often each document is read in an epoch, int64 [documents]: in e epochs e x weight times, to within one."""
     phase = uniform(*key, np.arange(len(weights)))
     return (np.floor((epoch + 1) * weights + phase) - np.floor(epoch * weights + phase)).astype(np.int64)
@@ -136,7 +135,7 @@ def _concatenate(spans: Spans, sequence_length: int, order: Ints) -> RowPlan:
 def _best_fit(plan: RowPlan, sequence_length: int, *key: int) -> RowPlan:
     """Best-fit decreasing, decided for the histogram of lengths; which piece of a length goes where is random."""
     values, counts = np.unique(plan.lengths, return_counts=True)
-    rows = list(_fill_rows(values[::-1].tolist(), counts[::-1].tolist(), sequence_length))
+    rows = _fill_rows(values[::-1].tolist(), counts[::-1].tolist(), sequence_length)
     repeats = np.array([count for count, _ in rows], dtype=np.int64)
     sizes = np.array([len(row) for _, row in rows], dtype=np.int64)
     lengths = np.array([length for _, row in rows for length in row], dtype=np.int64)
@@ -149,40 +148,55 @@ def _best_fit(plan: RowPlan, sequence_length: int, *key: int) -> RowPlan:
     return RowPlan(plan.samples[chosen], plan.starts[chosen], plan.lengths[chosen], bounds)
 
 
-def _fill_rows(lengths: list[int], counts: list[int], sequence_length: int) -> Iterator[tuple[int, list[int]]]:
-    """Equal rows as (how many, the lengths in each), for `counts` pieces of each of the falling `lengths`.
+class _OpenRows:
+    """Rows that are not full, by the room that is left in them; of equal ones only how many there are."""
 
-    Rows are kept by the room that is left in them; bit r of `open_rooms` says that there are some with r left. Working
-    on counts instead of pieces, as Krell et al. (arXiv 2107.02027) do, makes the time independent of their number.
+    def __init__(self) -> None:
+        self._by_room: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+        self._rooms = 0
+        """Bit r says that there are rows with r left."""
+
+    def put(self, count: int, lengths: tuple[int, ...], room: int) -> None:
+        """Add `count` rows that hold pieces of these lengths, with `room` left in each."""
+        self._by_room.setdefault(room, []).append((count, lengths))
+        self._rooms |= 1 << room
+
+    def take(self, least: int) -> tuple[int, tuple[int, ...], int] | None:
+        """Take away what `put` was given: rows with the smallest room that is at least `least`; None without any."""
+        fitting = self._rooms >> least
+        if not fitting:
+            return None
+        room = least + (fitting & -fitting).bit_length() - 1
+        count, lengths = self._by_room[room].pop()
+        if not self._by_room[room]:
+            self._rooms ^= 1 << room
+        return count, lengths, room
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        return chain.from_iterable(self._by_room.values())
+
+
+def _fill_rows(lengths: list[int], counts: list[int], sequence_length: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Return equal rows as (how many, the lengths in each), for `counts` pieces of each of the falling `lengths`.
+
+    Working on counts instead of pieces, as Krell et al. (arXiv 2107.02027) do, makes the time independent of their
+    number.
     """
-    by_room: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
-    open_rooms = 0
-
-    def put(count: int, row: tuple[int, ...], room: int) -> None:
-        nonlocal open_rooms
-        by_room.setdefault(room, []).append((count, row))
-        open_rooms |= 1 << room
-
-    for length, count in zip(lengths, counts, strict=True):
-        left = count
-        while left and (fitting := open_rooms >> length):
-            room = length + (fitting & -fitting).bit_length() - 1
-            rows, row = by_room[room].pop()
-            if not by_room[room]:
-                open_rooms ^= 1 << room
+    rows = _OpenRows()
+    for length, left in zip(lengths, counts, strict=True):
+        while left and (found := rows.take(length)):
+            count, row, room = found
             per_row = min(room // length, left)
-            filled = min(rows, left // per_row)
-            if rows > filled:
-                put(rows - filled, row, room)
-            put(filled, row + (length,) * per_row, room - per_row * length)
+            filled = min(count, left // per_row)
+            if count > filled:
+                rows.put(count - filled, row, room)
+            rows.put(filled, row + (length,) * per_row, room - per_row * length)
             left -= filled * per_row
         per_row = sequence_length // length
-        for pieces, rows in ((per_row, left // per_row), (left % per_row, 1)):
-            if pieces and rows:
-                put(rows, (length,) * pieces, sequence_length - pieces * length)
-    for group in by_room.values():
-        for rows, row in group:
-            yield rows, list(row)
+        for pieces, count in ((per_row, left // per_row), (left % per_row, 1)):
+            if pieces and count:
+                rows.put(count, (length,) * pieces, sequence_length - pieces * length)
+    return list(rows)
 
 
 def _in_random_order(plan: RowPlan, *key: int) -> RowPlan:

@@ -588,6 +588,19 @@ def test_a_script_without_a_main_guard_is_told_to_have_one(raw, tmp_path):
     assert done.stderr.rstrip().splitlines()[-1].endswith('put the call under `if __name__ == "__main__":`)')
 
 
+def test_a_build_in_several_processes_imports_torch_in_none_of_them(raw, corpus, tmp_path):
+    (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nraise ImportError")
+    config = config_for(raw, tmp_path / "c", processes=2).model_dump_json()
+    (tmp_path / "build.py").write_text(
+        "from pretrain.config.data import CorpusConfig\nfrom pretrain.data.build.corpus import build_corpus\n"
+        f"if __name__ == '__main__':\n    build_corpus(CorpusConfig.model_validate_json({config!r}))\n"
+    )
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    subprocess.run([sys.executable, tmp_path / "build.py"], check=True, env={**os.environ, "PYTHONPATH": path})
+    assert bytes_of(tmp_path / "c") == bytes_of(corpus)
+    assert not (tmp_path / "imported").exists()
+
+
 # ----------------------------------------------------------------------------------------------------- real data
 
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from launch.cli import app
 from pretrain.config.parallel import SOLE_READER
 from pretrain.data.build.corpus import build_corpus
-from pretrain.data.build.joining import index_shards, merge_corpora
+from pretrain.data.build.foreign import index_shards
+from pretrain.data.build.joining import merge_corpora
 from pretrain.data.inspection import describe_corpus, verify_corpus
 from pretrain.data.manifest import load_manifest
 from pretrain.data.shards.shard import Shard
