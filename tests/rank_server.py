@@ -3,6 +3,7 @@
 Nothing here may start a thread or a group of processes: a fork would take a half of it along.
 """
 
+import gc
 import os
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OPENBLAS_NUM_THREADS": "1"}
@@ -12,3 +13,6 @@ import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 
 import pretrain.training.trainer  # noqa: F401
+
+gc.collect()
+gc.freeze()  # no rank looks again through what was imported, each time that it looks for garbage
