@@ -27,6 +27,7 @@ _QUIET = (
 class View:
     """One page at one width."""
 
+    session: str | None = None
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
@@ -72,25 +73,29 @@ class Browser:
         """Load a page at a width, evaluate expressions in it, and take its picture."""
         view = View()
         target = self._call("Target.createTarget", {"url": "about:blank"}, view)["targetId"]
-        session = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, view)["sessionId"]
+        attached = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, view)
+        view.session = attached["sessionId"]
         for domain in ("Network", "Page", "Runtime", "Log"):
-            self._call(f"{domain}.enable", {}, view, session)
+            self._call(f"{domain}.enable", {}, view)
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self._call("Emulation.setDeviceMetricsOverride", metrics, view, session)
-        self._call("Page.navigate", {"url": page.as_uri()}, view, session)
+        self._call("Emulation.setDeviceMetricsOverride", metrics, view)
+        self._call("Page.navigate", {"url": page.as_uri()}, view)
         while self._read(view).get("method") != "Page.loadEventFired":
             pass
         for expression in expressions:
-            answer = self._call("Runtime.evaluate", {"expression": expression, "returnByValue": True}, view, session)
+            answer = self._call("Runtime.evaluate", {"expression": expression, "returnByValue": True}, view)
             view.values[expression] = answer["result"].get("value")
-        view.screenshot = base64.b64decode(self._call("Page.captureScreenshot", {}, view, session)["data"])
+        view.screenshot = base64.b64decode(self._call("Page.captureScreenshot", {}, view)["data"])
+        view.session = None
         self._call("Target.closeTarget", {"targetId": target}, view)
         return view
 
-    def _call(self, method: str, params: dict[str, Any], view: View, session: str | None = None) -> dict[str, Any]:
+    def _call(self, method: str, params: dict[str, Any], view: View) -> dict[str, Any]:
         self._number += 1
-        message = {"id": self._number, "method": method, "params": params} | ({"sessionId": session} if session else {})
-        os.write(self._out, json.dumps(message).encode() + b"\0")
+        session = {"sessionId": view.session} if view.session else {}
+        os.write(
+            self._out, json.dumps({"id": self._number, "method": method, "params": params} | session).encode() + b"\0"
+        )
         while (answer := self._read(view)).get("id") != self._number:
             pass
         assert "error" not in answer, answer
@@ -104,6 +109,8 @@ class Browser:
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
+        if message.get("sessionId") != view.session:  # a last word of a page that was closed
+            return {}
         match message.get("method"):
             case "Network.requestWillBeSent":
                 view.requests.append(message["params"]["request"]["url"])

@@ -1,5 +1,6 @@
 """One tiny trained run and its evaluation, shared by all tests of the evaluation."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pretrain.evaluation.context.request import Request
 from pretrain.evaluation.report.writing import write_context_report
 from pretrain.run.folder import RunFolder
 from pretrain.run.opening import open_run_folder
+from tests.browser import CHROMIUM, Browser
 from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks
 from tests.training.test_training import train
@@ -38,3 +40,12 @@ def evaluated(trained) -> FinishedEvaluation:
     finished = run_evaluation(Request(trained.run_folder), command=["diptych", "evaluate", "context", "run"])
     write_context_report(RunFolder.of(trained), finished.folder, finished.report)
     return finished
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, which takes seconds to start; each test looks at a page of its own."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; install Debian's package chromium")
+    with Browser() as browser:
+        yield browser

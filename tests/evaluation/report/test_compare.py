@@ -13,7 +13,6 @@ from pretrain.evaluation.report.compare import comparison_table, read_run_kinds,
 from pretrain.evaluation.report.markdown import markdown_table
 from pretrain.files import write_json
 from pretrain.run.folder import RunFolder
-from tests.browser import CHROMIUM, Browser
 
 
 @pytest.fixture
@@ -55,16 +54,14 @@ def test_of_a_folder_of_runs_those_with_a_report_are_compared(runs, tmp_path):
     assert "two-seed8" not in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install Debian's package chromium")
-def test_the_comparison_renders_on_a_phone(runs, tmp_path):
+def test_the_comparison_renders_on_a_phone(runs, tmp_path, browser):
     write_comparison(tmp_path / "out", read_run_kinds(runs_meant([str(runs / "two-seed7"), "c"], runs)))
     page = tmp_path / "out" / "compare.html"
     fits, charts = (
         "document.documentElement.scrollWidth <= window.innerWidth",
         "document.querySelectorAll('svg').length",
     )
-    with Browser() as browser:
-        view = browser.view(page, 360, 740, [fits, charts])
+    view = browser.view(page, 360, 740, [fits, charts])
     assert (view.complaints, view.values[fits]) == ([], True)
     assert view.values[charts] >= 2
     assert [url for url in view.requests if not url.startswith("data:")] == [page.as_uri()]

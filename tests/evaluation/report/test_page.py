@@ -7,7 +7,6 @@ import pytest
 from pretrain.evaluation.report.charts import HeatMap, Line, LineChart
 from pretrain.evaluation.report.svg import heat_map_svg, line_chart_svg
 from pretrain.evaluation.report.writing import PAGE
-from tests.browser import CHROMIUM, Browser
 
 FITS = "document.documentElement.scrollWidth <= window.innerWidth"
 CHARTS = "[...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height > 60).length"
@@ -19,12 +18,10 @@ SMALLEST = (
 TEXT = "document.body.innerText"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install Debian's package chromium")
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (360, 740)])
-def test_the_page_renders_without_complaint_or_request(evaluated, width, height):
+def test_the_page_renders_without_complaint_or_request(evaluated, browser, width, height):
     page = evaluated.folder / PAGE
-    with Browser() as browser:
-        view = browser.view(page, width, height, [FITS, CHARTS, ALL_CHARTS, SMALLEST, TEXT])
+    view = browser.view(page, width, height, [FITS, CHARTS, ALL_CHARTS, SMALLEST, TEXT])
     assert view.complaints == []
     assert [url for url in view.requests if not url.startswith("data:")] == [page.as_uri()]
     assert view.values[FITS]
@@ -34,12 +31,10 @@ def test_the_page_renders_without_complaint_or_request(evaluated, width, height)
     assert len(view.screenshot) > 20_000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install Debian's package chromium")
-def test_the_browser_of_these_tests_sees_a_request_a_complaint_and_an_overflow(tmp_path):
+def test_the_browser_of_these_tests_sees_a_request_a_complaint_and_an_overflow(tmp_path, browser):
     page = tmp_path / "bad.html"
     page.write_text('<img src="gone.png"><script>console.error("no")</script><div style="width:3000px">wide</div>')
-    with Browser() as browser:
-        view = browser.view(page, 360, 740, [FITS])
+    view = browser.view(page, 360, 740, [FITS])
     assert [url.rsplit("/")[-1] for url in view.requests] == ["bad.html", "gone.png"]
     assert any('"no"' in complaint for complaint in view.complaints)
     assert view.values[FITS] is False
