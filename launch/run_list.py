@@ -20,8 +20,6 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.status import LIVE_STATES
 
 SWEEP = "sweep.json"
-
-
 LOST_AFTER_S = 60.0
 """A run that claims to be at work, but whose heartbeat is older than this, is lost."""
 

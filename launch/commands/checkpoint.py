@@ -9,8 +9,6 @@ from launch.commands.arguments import RunName, RunsFolder
 from launch.terminal.console import make_console
 
 app = typer.Typer(no_args_is_help=True, help="Look at what a run has saved, verify it, thin it out.")
-
-
 Step = Annotated[int | None, typer.Option(min=0, help="Of which step; by default the newest.")]
 
 

@@ -12,11 +12,7 @@ from pretrain.errors import EXIT_FAILED, UserError
 from pretrain.files import disk_errors
 
 app = typer.Typer(no_args_is_help=True, help="Build, verify and look at a corpus.")
-
-
 _AGAIN = "free space, delete what was made there, and run the same command again"
-
-
 ConfigOrCorpus = Annotated[
     str, typer.Argument(metavar="CONFIG_OR_CORPUS", help="A config, or a corpus folder (with a manifest.json).")
 ]

@@ -11,8 +11,6 @@ from launch.commands.arguments import RunName, RunsFolder, parse_count, parse_du
 from launch.terminal.console import make_console, say
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained encoder.")
-
-
 probe_app = typer.Typer(no_args_is_help=True, help="Train small encoders on a synthetic task, to compare their kinds.")
 
 

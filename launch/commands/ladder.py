@@ -22,8 +22,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a config at several sizes and predict the next; `ladder CONFIG` is short for `ladder run CONFIG`.",
 )
-
-
 _Budget = Annotated[
     float | None,
     typer.Option(metavar="FLOPS", parser=parse_flops, help="Of all trainings together, for instance 2e15."),

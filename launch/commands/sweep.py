@@ -14,8 +14,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a grid of runs; `sweep CONFIG` is short for `sweep run CONFIG`.",
 )
-
-
 _Changes = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the config; KEY=A,B,C is an axis of the grid."),

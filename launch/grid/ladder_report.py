@@ -22,12 +22,8 @@ from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
 
 LADDER_MARKDOWN, LADDER_RESULTS, LADDER_PLOT = "ladder.md", "results.json", "ladder.png"
-
-
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t, 97.5 %, for 1 to 10 degrees of freedom; for more of them the last is used, a little too wide."""
-
-
 FAR = 20.0
 """Times the compute of the largest training, beyond which a prediction comes with a warning."""
 

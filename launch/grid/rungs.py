@@ -21,16 +21,10 @@ from pretrain.model.summary import summarize
 from pretrain.training.cost.flops import flops_per_token
 
 LADDER = "ladder.json"
-
-
 SIZE = "size"
 """The axis of a ladder."""
-
-
 FEWEST_STEPS = 20
 """A rung of fewer optimizer steps teaches nothing."""
-
-
 SEARCHED = "model"
 """Folder of configs in which a size is looked for by name."""
 

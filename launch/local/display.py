@@ -17,8 +17,6 @@ from launch.terminal.console import clock, compact, say
 from pretrain.run.status import Status
 
 PLAIN_INTERVAL_S = 3.0
-
-
 PLAIN_LINES = 50
 """Most progress lines that a run prints where there is no terminal, however long it takes."""
 

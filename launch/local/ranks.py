@@ -15,8 +15,6 @@ from pathlib import Path
 from pretrain.run.folder import RunFolder
 
 TAIL_LINES = 15
-
-
 SIGNAL_HINTS = {
     signal.SIGKILL: "out of memory (see `dmesg`; lower training.micro_batch_size), or someone killed it",
     signal.SIGBUS: "often a full /dev/shm (lower data.workers), or a failing disk under training.offload_folder",

@@ -21,16 +21,10 @@ from pretrain.files import atomic_path, write_json
 
 SHORTEST_DOCSTRING = 80
 """Characters; what is not longer says little."""
-
-
 LARGEST_MODULE = 2 * 2**20
 """Bytes; what is larger is generated code."""
-
-
 NOT_DOCUMENTATION = frozenset({"_vendor", "pretrain", "launch"})
 """Folders left out: vendored copies of other packages, and Diptych itself."""
-
-
 PR_SET_PDEATHSIG = 1
 
 

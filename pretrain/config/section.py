@@ -8,7 +8,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 _T = TypeVar("_T")
-
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(path).expanduser().absolute())]
 """A relative path is taken from the working directory of the command, once; the saved config holds it absolute."""
 Share = Annotated[float, Field(ge=0, le=1)]
