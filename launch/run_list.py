@@ -17,7 +17,7 @@ from launch.terminal.tables import number, table
 from pretrain.errors import UserError
 from pretrain.run.attempt import newest_attempt
 from pretrain.run.folder import RunFolder
-from pretrain.run.status import LIVE_STATES
+from pretrain.run.status import LIVE_STATES, Status
 
 SWEEP = "sweep.json"
 LOST_AFTER_S = 60.0
@@ -31,17 +31,12 @@ class RunRow:
     name: str
     run: RunFolder
     state: str
-    step: int | None = None
-    tokens: int | None = None
-    total_tokens: int | None = None
-    loss: float | None = None
-    validation_loss: float | None = None
-    tokens_per_s: float | None = None
+    status: Status | None = None
+    """What it wrote last; speed and time left are only there while it is at work."""
     age_s: float | None = None
     """Seconds since the last heartbeat."""
     message: str | None = None
     """Why it ended the last time; None where it did not, or was done."""
-    seconds_left: float | None = None
     restarts: int | None = None
     """Starts after the first."""
     slurm: str | None = None
@@ -70,21 +65,16 @@ def describe_run(run: RunFolder, now: float) -> RunRow:
         state = "unreadable status.json" if run.status_file.exists() else "not started"
         return RunRow(run.name, run, state, message=ended)
     age_s = max(0.0, now - status.heartbeat)
-    live = status.state in LIVE_STATES
-    lost = live and age_s > LOST_AFTER_S
+    state, lost = status.state, status.state in LIVE_STATES and age_s > LOST_AFTER_S
+    if lost or state not in LIVE_STATES:
+        status = status.model_copy(update={"tokens_per_s": None, "seconds_left": None})
     return RunRow(
-        name=run.name,
-        run=run,
-        state=f"lost (last seen {duration(age_s)} ago)" if lost else status.state,
-        step=status.step,
-        tokens=status.tokens,
-        total_tokens=status.total_tokens,
-        loss=status.loss,
-        validation_loss=status.validation_loss,
-        tokens_per_s=status.tokens_per_s if live and not lost else None,
+        run.name,
+        run,
+        state=f"lost (last seen {duration(age_s)} ago)" if lost else state,
+        status=status,
         age_s=age_s,
-        message=None if status.state == "done" else status.message or ended,
-        seconds_left=status.seconds_left if live and not lost else None,
+        message=None if state == "done" else status.message or ended,
         restarts=max(0, newest_attempt(run) - 1),
     )
 
@@ -175,16 +165,16 @@ def why_ended(rows: Sequence[RunRow]) -> list[str]:
 
 
 def _run_cells(row: RunRow, submitted: bool) -> list[str | Text]:
-    return [
-        row.name,
-        *([row.slurm or "-"] if submitted else []),
-        Text(row.state, style=STATE_STYLES.get(row.state.split()[0], "")),
-        number(row.step, "d"),
-        "-" if row.tokens is None else f"{compact(row.tokens)} of {compact(row.total_tokens or 0)}",
-        number(row.loss),
-        number(row.validation_loss),
-        "-" if row.tokens_per_s is None else compact(row.tokens_per_s),
-        "-" if row.age_s is None else f"{duration(row.age_s)} ago",
-        "-" if row.seconds_left is None else duration(row.seconds_left),
-        number(row.restarts, "d"),
-    ]
+    status, measured = row.status, ["-"] * 7
+    if status is not None:
+        measured = [
+            str(status.step),
+            f"{compact(status.tokens)} of {compact(status.total_tokens)}",
+            number(status.loss),
+            number(status.validation_loss),
+            "-" if status.tokens_per_s is None else compact(status.tokens_per_s),
+            f"{duration(row.age_s or 0.0)} ago",
+            "-" if status.seconds_left is None else duration(status.seconds_left),
+        ]
+    state = Text(row.state, style=STATE_STYLES.get(row.state.split()[0], ""))
+    return [row.name, *([row.slurm or "-"] if submitted else []), state, *measured, number(row.restarts, "d")]

@@ -13,13 +13,12 @@ from launch.slurm.in_job import prepare_run
 from launch.slurm.queries import check_script
 from launch.slurm.queueing import open_run, queue_scripts
 from launch.slurm.refusals import check_cluster, refuse_if_queued
-from launch.slurm.scripts import evaluation_script, show_scripts, train_script
+from launch.slurm.scripts import batch_scripts, show_scripts, write_scripts
 from launch.slurm.submission import Submission, make_folder, new_submission
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_cluster_ranks
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, UserError
-from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
 
 
@@ -92,18 +91,14 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
     if not waiting:
         say(console, "nothing to do: every member is finished or at work")
         return
-    check_script(train_script(first, sweep.folder, "TOKEN", name=sweep.name, members=len(waiting)))
+    check_script(batch_scripts(first, sweep.folder, "TOKEN", name=sweep.name, members=len(waiting))["train"])
     for config in waiting:
         open_run(config, find_manifest(config), console)
     folder, submission = new_submission(
         RunFolder(sweep.folder).submissions, first, [config.run_folder for config in waiting]
     )
-    scripts = {
-        "train": train_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),
-        "evaluate": evaluation_script(first, folder, submission.token, name=sweep.name, members=len(waiting)),
-    }
-    for name, script in scripts.items():
-        write_text(folder / f"{name}.sbatch", script)
+    scripts = batch_scripts(first, folder, submission.token, name=sweep.name, members=len(waiting))
+    write_scripts(folder, scripts)
     queue_scripts(folder, submission, scripts, after="aftercorr")
     for index, config in enumerate(waiting):
         jobs = {job: f"{job_id}_{index}" for job, job_id in submission.jobs.items()}

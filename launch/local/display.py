@@ -5,7 +5,6 @@ What is shown comes from outside (`Status`, or a stage's counts); nothing here r
 
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console, Group
@@ -63,15 +62,9 @@ def costs(status: Status) -> list[str]:
 class Display(Protocol):
     """Place where a launch shows its ranks' progress; entered for as long as they run."""
 
-    def __enter__(self) -> Self:
-        """Begin to draw."""
-        ...
+    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop drawing and leave the last state on the screen."""
-        ...
+    def __exit__(self, *_: object) -> None: ...
 
     def message(self, text: str, style: str | None = None) -> None:
         """Print a line that stays."""
@@ -100,14 +93,10 @@ class TerminalDisplay:
         self._live = Live(Group(self._progress, self._numbers, self._costs), console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
-        """Draw the bar."""
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the bar as it stands."""
+    def __exit__(self, *_: object) -> None:
         if not self._progress.finished and self._progress.tasks[0].total is None:
             self._progress.update(self._task, total=1, completed=0)
         with suppress(OSError):
@@ -140,13 +129,9 @@ class PlainDisplay:
         self._latest: Status | None = None
 
     def __enter__(self) -> Self:
-        """Print nothing yet."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Print the last step, if it was held back."""
+    def __exit__(self, *_: object) -> None:
         if self._latest is not None and (self._shown is None or self._latest.step != self._shown.step):
             self._show(self._latest)
 

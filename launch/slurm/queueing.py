@@ -13,18 +13,13 @@ from rich.console import Console
 from launch.preparation import find_manifest, profile_variables
 from launch.slurm.queries import cancel_job, check_script, submit_script
 from launch.slurm.refusals import check_cluster, refuse_if_queued
-from launch.slurm.scripts import evaluation_script, train_script
-from launch.slurm.submission import (
-    Submission,
-    new_submission,
-    node_counts,
-)
+from launch.slurm.scripts import batch_scripts, write_scripts
+from launch.slurm.submission import Submission, new_submission, node_counts
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_cluster_ranks
 from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
-from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
 from pretrain.run.opening import open_run_folder
@@ -55,9 +50,8 @@ def queue_run(
         refuse_if_queued(run)
     manifest = find_manifest(config)
     if queue:
-        check_script(train_script(config, run.path, "TOKEN", name=config.name))
-        if evaluate:
-            check_script(evaluation_script(config, run.path, "TOKEN", name=config.name))
+        for script in batch_scripts(config, run.path, "TOKEN", name=config.name, evaluate=evaluate).values():
+            check_script(script)
     if run.is_complete(config.training.tokens):
         raise UserError(
             f"{run} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
@@ -65,11 +59,8 @@ def queue_run(
         )
     variables = profile_variables(profile, config, manifest, console)
     folder, submission = prepare(config, manifest, console, allow_change, variables)
-    scripts = {"train": train_script(config, folder, submission.token, name=config.name)}
-    if evaluate:
-        scripts["evaluate"] = evaluation_script(config, folder, submission.token, name=config.name)
-    for name, script in scripts.items():
-        write_text(folder / f"{name}.sbatch", script)
+    scripts = batch_scripts(config, folder, submission.token, name=config.name, evaluate=evaluate)
+    write_scripts(folder, scripts)
     if queue:
         queue_scripts(folder, submission, scripts)
         _say_what_is_queued(config, submission, console)
@@ -121,9 +112,8 @@ def queue_scripts(folder: Path, submission: Submission, scripts: dict[str, str],
 
 
 def _say_what_is_queued(config: RunConfig, submission: Submission, console: Console) -> None:
-    cluster = config.cluster
-    ranks = cluster.num_ranks
-    fewer = f" (or {', '.join(map(str, node_counts(config)[1:]))})" if len(node_counts(config)) > 1 else ""
+    cluster, ranks, fewer_nodes = config.cluster, config.cluster.num_ranks, node_counts(config)[1:]
+    fewer = f" (or {', '.join(map(str, fewer_nodes))})" if fewer_nodes else ""
     say(
         console,
         f"queued {config.name} as job {submission.jobs['train']}: {ranks} rank{'s' if ranks > 1 else ''} on "

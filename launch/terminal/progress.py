@@ -2,7 +2,6 @@
 
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -34,14 +33,10 @@ class StageProgress:
         self._said_at = 0.0
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the bars as they stand."""
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._complete_stages()
         with suppress(OSError):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_list import RunRow, find_run, list_runs
+from launch.run_list import RunRow, find_run, list_runs, runs_table
 from launch.terminal.console import compact, duration
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
+from pretrain.run.status import Status
 
 NOW = 1_800_000_000.0
 
@@ -40,14 +41,17 @@ def test_a_run_at_work_is_listed_with_its_numbers(tmp_path):
         "a_key_of_a_later_version": 1,
     }
     run = make_run(tmp_path, "first", status)
-    numbers = (120, 980_000, 3_500_000, 4.25, 4.5, 20_100.0, 2.0)
-    assert only_row(tmp_path) == RunRow("first", RunFolder(run), "training", *numbers, restarts=0)
+    status.pop("a_key_of_a_later_version")
+    row = RunRow("first", RunFolder(run), "training", Status(**status), age_s=2.0, restarts=0)
+    assert only_row(tmp_path) == row
+    cells = [str(next(iter(column.cells))) for column in runs_table([row]).columns]
+    assert cells == ["first", "training", "120", "980k of 3.50M", "4.250", "4.500", "20.1k", "2 s ago", "-", "0"]
 
 
 def test_a_run_at_work_whose_heartbeat_stopped_is_lost(tmp_path):
     make_run(tmp_path, "run", {"state": "saving", "heartbeat": NOW - 300, "tokens_per_s": 5.0})
     assert only_row(tmp_path).state == "lost (last seen 5 m ago)"
-    assert only_row(tmp_path).tokens_per_s is None
+    assert only_row(tmp_path).status.tokens_per_s is None
 
 
 def test_a_run_that_ended_is_not_lost_however_old(tmp_path):

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.commands.cluster_options import METAVARS
-from launch.slurm import queueing, scripts, submission
+from launch.slurm import queueing, submission
+from launch.slurm.scripts import batch_scripts
 from launch.slurm.submission import (
     fill_folder,
     make_folder,
@@ -64,9 +65,8 @@ def run_command(*arguments: str) -> str:
 @pytest.mark.parametrize("name", ["train", "evaluate", "sweep"])
 def test_the_script_that_is_sent_is_the_golden_one(name):
     config, folder = config_of(EVERYTHING), Path("/shared/my runs/first/submissions/001")
-    make = scripts.evaluation_script if name == "evaluate" else scripts.train_script
-    script = make(config, folder, "0123456789abcdef", name="first", members=6 if name == "sweep" else 0)
-    assert script == (GOLDEN / f"{name}.sbatch").read_text()
+    made = batch_scripts(config, folder, "0123456789abcdef", name="first", members=6 if name == "sweep" else 0)
+    assert made["train" if name == "sweep" else name] == (GOLDEN / f"{name}.sbatch").read_text()
 
 
 def test_a_dry_run_prints_both_scripts_and_touches_nothing(tmp_path):

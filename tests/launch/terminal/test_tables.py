@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.run_list import RunRow, runs_table
 from launch.terminal.tables import fitting_table
+from pretrain.run.folder import RunFolder
 
 COLUMNS = ("context", "loss", "95 %", "gain", "95 %")
 ROWS = [("1x", "3.250", "3.200 to 3.300", "+0.000", "+0.000 to +0.000")]
@@ -35,7 +36,7 @@ def test_intervals_are_left_out_where_the_terminal_is_too_narrow_for_them():
 
 def test_brackets_in_a_name_are_shown():
     to = console(120)
-    to.print(runs_table([RunRow("[red]x", Path("x"), "lost (last seen 5 m ago)", step=3)]))
+    to.print(runs_table([RunRow("[red]x", RunFolder(Path("x")), "lost (last seen 5 m ago)")]))
     assert "[red]x" in printed(to)
     assert "lost (last seen 5 m ago)" in printed(to)
 
