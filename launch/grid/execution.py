@@ -50,32 +50,20 @@ def run_here(sweep: Sweep, num_ranks: int | None, console: Console) -> int:
         if exit_code != EXIT_DONE:
             failed.append(member.name)
     if failed:
-        say(
-            console,
-            f"\n{len(failed)} of {len(sweep.members)} failed: {', '.join(failed)}; the same command tries again",
-        )
+        names = ", ".join(failed)
+        say(console, f"\n{len(failed)} of {len(sweep.members)} failed: {names}; the same command tries again")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
 def show_sweep(sweep: Sweep, console: Console, *, local: bool) -> None:
     """Print the members and, unless they are to be trained here, what `submit_sweep` would send for them."""
-    if not local:
-        check_ranks(sweep)
+    for config in sweep.configs if not local else ():
+        check_cluster_ranks(config)
     console.out(f"# {len(sweep.members)} members in {sweep.folder}", highlight=False)
     for number, member in enumerate(sweep.members):
         console.out(f"#   {number:3d}  {member.name}  {' '.join(member.overrides)}", highlight=False)
     if not local:
         show_scripts(sweep.configs[0], console, folder=sweep.folder, name=sweep.name, members=len(sweep.members))
-
-
-def check_ranks(sweep: Sweep) -> None:
-    """Refuse a number of ranks that a member's streams and batches cannot be divided by.
-
-    Raises:
-        UserError: with numbers that work.
-    """
-    for config in sweep.configs:
-        check_cluster_ranks(config)
 
 
 def submit_sweep(sweep: Sweep, console: Console) -> None:
@@ -84,7 +72,8 @@ def submit_sweep(sweep: Sweep, console: Console) -> None:
     Raises:
         UserError: Slurm or a member's run folder refuses.
     """
-    check_ranks(sweep)
+    for config in sweep.configs:
+        check_cluster_ranks(config)
     first = sweep.configs[0]
     check_cluster(first.cluster)
     waiting = [config for config in sweep.configs if not is_finished(config) and not _at_work(config, console)]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.preparation import find_manifest, profile_variables
+from launch.preparation import find_manifest
 from launch.slurm.queueing import prepare
 from launch.slurm.refusals import refuse_if_queued
-from launch.slurm.submission import find_submission
+from launch.slurm.submission import submissions_of
 from launch.terminal.console import say
 from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_cluster_ranks
@@ -65,16 +65,17 @@ def prepare_run(
         UserError: the run would fail, or another job is at work on it.
     """
     job, run = job_id(environment), RunFolder.of(config)
-    if int(environment.get("SLURM_RESTART_COUNT", "0")) and (folder := find_submission(run, job)):
-        return folder
+    if int(environment.get("SLURM_RESTART_COUNT", "0")):
+        for folder, submission in submissions_of(run):
+            if submission.jobs.get("train") == job:
+                return folder
     check_cluster_ranks(config)
     refuse_if_queued(run)
     manifest = find_manifest(config)
     if run.is_complete(config.training.tokens):
         say(console, f"{run} is trained to its {config.training.tokens:,} tokens already")
         return None
-    variables = profile_variables(profile, config, manifest, console)
-    folder, submission = prepare(config, manifest, console, allow_change, variables)
+    folder, submission = prepare(config, manifest, console, allow_change, profile)
     submission.jobs["train"] = job
     submission.write(folder)
     return folder

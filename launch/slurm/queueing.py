@@ -5,7 +5,7 @@ functions, signal handlers and job states are what fails on real clusters (they 
 rank 0 alone, and need accounting). The job is bash (`jobs/train.sh`) around the same ranks as everywhere else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -57,8 +57,7 @@ def queue_run(
             f"{run} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"
         )
-    variables = profile_variables(profile, config, manifest, console)
-    folder, submission = prepare(config, manifest, console, allow_change, variables)
+    folder, submission = prepare(config, manifest, console, allow_change, profile)
     scripts = batch_scripts(config, folder, submission.token, name=config.name, evaluate=evaluate)
     write_scripts(folder, scripts)
     if queue:
@@ -85,13 +84,14 @@ def prepare(
     manifest: Manifest,
     console: Console,
     allow_change: Sequence[str] = (),
-    variables: Mapping[str, str] | None = None,
+    profile: ProfiledSteps | None = None,
 ) -> tuple[Path, Submission]:
-    """Open the run, and make a submission's folder with all that its jobs need.
+    """Open the run, and make a submission's folder with all that its jobs need, the steps to profile among it.
 
     Raises:
-        UserError: see `open_run`.
+        UserError: the run does not come to these steps, or see `open_run`.
     """
+    variables = profile_variables(profile, config, manifest, console)
     open_run(config, manifest, console, allow_change)
     return new_submission(RunFolder.of(config).submissions, config, variables=variables)
 

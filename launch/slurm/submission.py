@@ -20,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,31 +64,16 @@ class Submission:
         write_json(folder / RECORD, asdict(self))
 
 
-def submission_folders(run: RunFolder) -> list[Path]:
-    """Folders of a run's submissions, oldest first."""
-    return sorted(path.parent for path in run.submissions.glob(f"*/{RECORD}"))
+def submissions_of(run: RunFolder) -> Iterator[tuple[Path, Submission]]:
+    """Yield the folders of a run's submissions and what they say, newest first; unreadable ones are passed over."""
+    for record in sorted(run.submissions.glob(f"*/{RECORD}"), reverse=True):
+        with suppress(OSError, ValueError, TypeError):
+            yield record.parent, Submission(**json.loads(record.read_bytes()))
 
 
 def newest_submission(run: RunFolder) -> Submission | None:
     """The last submission of a run; None where there was none."""
-    readable = (_read(folder) for folder in reversed(submission_folders(run)))
-    return next((submission for submission in readable if submission is not None), None)
-
-
-def _read(folder: Path) -> Submission | None:
-    try:
-        return Submission(**json.loads((folder / RECORD).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def find_submission(run: RunFolder, job_id: str) -> Path | None:
-    """The folder of the newest submission of a run whose training is this job; None where there is none."""
-    for folder in reversed(submission_folders(run)):
-        submission = _read(folder)
-        if submission is not None and submission.jobs.get("train") == job_id:
-            return folder
-    return None
+    return next((submission for _, submission in submissions_of(run)), None)
 
 
 def make_folder(submissions: Path) -> Path:

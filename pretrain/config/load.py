@@ -17,8 +17,6 @@ from pretrain.config.identity import flatten
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
 
-# ----------------------------------------------------------------------------------------- files -> RunConfig
-
 
 def config_folder() -> Path:
     """The folder of the configs that come with Diptych: inside the wheel, or `configs/` of a checkout."""

@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from launch.slurm.in_job import allocation_overrides, prepare_run
 from launch.slurm.submission import new_submission
+from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 
 
@@ -64,3 +67,17 @@ def test_a_failure_is_repeated_only_after_a_new_checkpoint(job, fake_slurm):
     code, why = job("exit 1")
     assert (code, why.split(";")[0]) == (1, "srun ended with 1, before the first new checkpoint")
     assert job(f"{NEW_CHECKPOINT}; exit 1") == (75, "srun ended with 1; back into the queue")
+
+
+def test_a_job_of_the_users_own_script_is_prepared_at_its_first_start_and_found_at_later_ones(make_config, fake_slurm):
+    config = make_config()
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    first = prepare_run(config, Console(), environment=job)
+    assert first == config.run_folder / "submissions" / "001"
+    assert prepare_run(config, Console(), environment={**job, "SLURM_RESTART_COUNT": "1"}) == first
+    fake_slurm.queue(job_7="RUNNING")
+    with pytest.raises(UserError, match="run is running already, as job 7"):
+        prepare_run(config, Console(), environment={**job, "SLURM_JOB_ID": "8"})
+    assert "cluster.nodes=2" in allocation_overrides(job)
+    with pytest.raises(UserError, match="this is none: sbatch slurm/train.sbatch CONFIG"):
+        prepare_run(config, Console(), environment={})

@@ -21,7 +21,7 @@ from launch.slurm.submission import (
     newest_submission,
     node_counts,
     settings,
-    submission_folders,
+    submissions_of,
 )
 from pretrain.config.cluster import ClusterConfig, time_seconds
 from pretrain.config.load import load_config, validate
@@ -253,7 +253,7 @@ def test_every_submission_has_a_folder_of_its_own(tmp_path):
     fill_folder(first, config)
     assert newest_submission(run) is not None
     latest = fill_folder(second, config)
-    assert submission_folders(run) == [first, second]
+    assert [folder for folder, _ in submissions_of(run)] == [second, first]
     assert newest_submission(run) == latest
 
 
