@@ -168,7 +168,6 @@ def test_when_every_shard_is_damaged_the_run_ends_instead_of_looking_for_ever(ma
         next(training_steps(config, manifest, StreamState.start(16), SOLE_READER))
 
 
-@pytest.mark.slow
 def test_a_validation_shard_that_is_damaged_on_one_node_is_left_out_on_all(make_config, copy, corpus_values, tmp_path):
     whole, entry = Path(corpus_values["path"]), load_manifest(copy).splits["valid"].shards[0]
     more = tmp_path / "more"
