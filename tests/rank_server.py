@@ -3,10 +3,7 @@
 Nothing here may start a thread or a group of processes: a fork would take a half of it along.
 """
 
-<<<<<<< HEAD
 import gc
-=======
->>>>>>> 3e17621 (docs: the house, room by room: what lives where, what may import what, the way of a token, a config value and a checkpoint)
 import os
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OPENBLAS_NUM_THREADS": "1"}
@@ -16,9 +13,6 @@ import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 
 import pretrain.training.trainer  # noqa: F401
-<<<<<<< HEAD
 
 gc.collect()
 gc.freeze()  # no rank looks again through what was imported, each time that it looks for garbage
-=======
->>>>>>> 3e17621 (docs: the house, room by room: what lives where, what may import what, the way of a token, a config value and a checkpoint)
