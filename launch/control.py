@@ -74,7 +74,7 @@ def _cancel_here(run: RunFolder, console: Console) -> bool:
 
 def resume_run(run: RunFolder, console: Console) -> int:
     """Start a run again with the config that it has: on Slurm if it was submitted, else here; returns the exit code."""
-    config = run.config()
+    config = run.next_config()
     submission = newest_submission(run)
     if submission is not None and submission.jobs:
         if not has_slurm():

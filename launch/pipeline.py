@@ -17,7 +17,7 @@ from pretrain.errors import EXIT_DONE, UserError
 from pretrain.evaluation.context.request import Request
 from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
-from pretrain.run.opening import open_run_folder
+from pretrain.run.opening import is_trained, open_run_folder
 from pretrain.run.secrets import remember_secrets
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
@@ -63,7 +63,7 @@ def train_and_evaluate(
         variables = profile_variables(profile, config, manifest, console)
         for line in open_run_folder(config, manifest, allow_change):
             say(console, line)
-        if run.is_complete(config.training.tokens):
+        if is_trained(config):
             say(console, f"{run} is trained to its {config.training.tokens:,} tokens already")
         else:
             where = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"

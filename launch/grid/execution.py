@@ -20,12 +20,13 @@ from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_cluster_ranks
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUME_ME, UserError
 from pretrain.run.folder import RunFolder
+from pretrain.run.opening import is_trained
 
 
 def is_finished(config: RunConfig) -> bool:
     """Whether a member is trained and evaluated."""
     run = RunFolder.of(config)
-    return run.is_complete(config.training.tokens) and bool(run.reports())
+    return is_trained(config) and bool(run.reports())
 
 
 def run_here(sweep: Sweep, num_ranks: int | None, console: Console) -> int:

@@ -19,6 +19,7 @@ from pretrain.config.run import RunConfig
 from pretrain.config.topology import check_cluster_ranks
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
+from pretrain.run.opening import is_trained
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
@@ -72,7 +73,7 @@ def prepare_run(
     check_cluster_ranks(config)
     refuse_if_queued(run)
     manifest = find_manifest(config)
-    if run.is_complete(config.training.tokens):
+    if is_trained(config):
         say(console, f"{run} is trained to its {config.training.tokens:,} tokens already")
         return None
     folder, submission = prepare(config, manifest, console, allow_change, profile)

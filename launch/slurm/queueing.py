@@ -22,7 +22,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 from pretrain.run.lock import run_lock
-from pretrain.run.opening import open_run_folder
+from pretrain.run.opening import is_trained, open_run_folder
 from pretrain.training.monitor.profiled_steps import ProfiledSteps
 
 
@@ -52,7 +52,7 @@ def queue_run(
     if queue:
         for script in batch_scripts(config, run.path, "TOKEN", name=config.name, evaluate=evaluate).values():
             check_script(script)
-    if run.is_complete(config.training.tokens):
+    if is_trained(config):
         raise UserError(
             f"{run} is trained to its {config.training.tokens:,} tokens already; `diptych evaluate "
             f"context {config.name}` evaluates it again, a larger training.tokens trains it further"

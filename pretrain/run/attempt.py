@@ -10,6 +10,8 @@ the rename finds its folder gone, or it was done before the start looked. metric
 that a file still open in an older attempt is no longer the one in the run folder.
 
     attempts/0001.json, 0002.json, ...   who started, where and when
+    attempts/0001.yaml, 0002.yaml, ...   the config that the start goes by
+    attempts/next.yaml                   the config for the next start, while it is another than the run's config.yaml
     logs/attempt-0002/rank-0000.log      so that no two attempts write to one log
 """
 
@@ -19,8 +21,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.config.load import load_config
+from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
+from pretrain.files import write_text
 from pretrain.run.folder import RunFolder
+from pretrain.run.secrets import with_secrets
 
 ATTEMPT_VARIABLE = "DIPTYCH_ATTEMPT"
 """The environment variable that holds the number a launcher took for its ranks; without it, rank 0 takes one."""
@@ -76,6 +82,16 @@ class Attempt:
             "more and ends"
         )
 
+    def config(self) -> RunConfig:
+        """The settings that this start goes by, passwords and tokens included; raises as `RunFolder.config` does."""
+        file = self.run.attempt_config(self.number)  # starts of earlier versions have none
+        return with_secrets(load_config(str(file))) if file.is_file() else self.run.next_config()
+
+    def trained_under(self, config: RunConfig) -> None:
+        """Make `config` the run's, since a step was trained under it; not if a newer attempt has the run."""
+        if not self.superseded_by():
+            self.run.write_config(config)
+
     def log(self, rank: int) -> Path:
         """What a rank of this attempt prints."""
         return self.run.log(self.number, rank)
@@ -91,7 +107,9 @@ def newest_attempt(run: RunFolder) -> int:
 
 
 def take_attempt(run: RunFolder) -> Attempt:
-    """Take the next number; whoever held the one before is fenced off from now on.
+    """Take the next number, and the config that the run was opened with last.
+
+    Whoever held the number before is fenced off from now on.
 
     Raises:
         UserError: the run folder cannot be written.
@@ -112,6 +130,8 @@ def take_attempt(run: RunFolder) -> Attempt:
                     file.write(json.dumps(who) + "\n")
             except FileExistsError:
                 continue  # somebody else took it between the look and the creation
+            if run.next_config_file.is_file():
+                write_text(run.attempt_config(number), run.next_config_file.read_text(encoding="utf-8"))
             return Attempt(run, number)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); the run folder must be writable") from error

@@ -1,11 +1,11 @@
 """`RunFolder`: every path and every file of a run. No other room spells a name that lies in a run folder.
 
     runs/NAME/
-      config.yaml        the settings of the run
+      config.yaml        the settings that its last step was trained under
       environment.json   what it ran on
       metrics.jsonl      a record for each step and each validation
       status.json        how it is doing
-      attempts/          who started it and when (attempt.py)
+      attempts/          each start: who, when, and its settings (attempt.py)
       logs/              attempt-0002/rank-0000.log
       heartbeats/        attempt-0002/rank-0000.json
       checkpoints/       step-00001000/ and so on (pretrain/checkpoint)
@@ -26,11 +26,11 @@ from typing import Any
 
 from pretrain.checkpoint.folder import newest_state
 from pretrain.checkpoint.format import TrainingState, checkpoint_name
-from pretrain.config.load import load_config
+from pretrain.config.load import load_config, to_yaml
 from pretrain.config.run import RunConfig
 from pretrain.errors import UserError
-from pretrain.files import replace_text
-from pretrain.run.secrets import with_secrets
+from pretrain.files import replace_text, write_text
+from pretrain.run.secrets import public, with_secrets
 from pretrain.run.status import Status, parse_status
 
 
@@ -89,6 +89,15 @@ class RunFolder:
     def attempts(self) -> Path:
         """Folder of the starts of the run, see attempt.py."""
         return self.path / "attempts"
+
+    def attempt_config(self, attempt: int) -> Path:
+        """The config that a start goes by, whether it is there or not."""
+        return self.attempts / f"{attempt:04d}.yaml"
+
+    @property
+    def pending_config(self) -> Path:
+        """The config for the next start, where it is another than the run's; gone once a step is trained under it."""
+        return self.attempts / "next.yaml"
 
     @property
     def logs(self) -> Path:
@@ -184,6 +193,22 @@ class RunFolder:
             raise UserError(f"{self} is no run folder (it has no config.yaml); `diptych runs` lists them")
         return load_config(str(self.config_file), overrides)
 
+    @property
+    def next_config_file(self) -> Path:
+        """The file that the next start goes by: a config that no step is trained under yet, or else the run's."""
+        return self.pending_config if self.pending_config.is_file() else self.config_file
+
+    def next_config(self) -> RunConfig:
+        """The settings of the next start, passwords and tokens included; raises as `config` does."""
+        return with_secrets(load_config(str(self.next_config_file)))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Make these the run's settings, without secrets; none are pending any more."""
+        text = to_yaml(public(config))
+        if not self.is_run or self.config_file.read_text(encoding="utf-8") != text:
+            write_text(self.config_file, text)
+        self.pending_config.unlink(missing_ok=True)
+
     def status(self) -> Status | None:
         """How the run is doing; None where it has not said so, or not so that it can be read."""
         return parse_status(self.status_file)
@@ -213,7 +238,7 @@ class RunFolder:
         """State of the newest checkpoint whose manifest and state are whole; its tensors are not looked at."""
         return newest_state(self.checkpoints)
 
-    def is_complete(self, tokens: int) -> bool:
+    def has_ended(self, tokens: int) -> bool:
         """Whether the run has seen so many tokens and ended, and its last checkpoint is still there."""
         status = self.status()
         if status is None or status.state != "done" or status.checkpoint is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from pretrain.checkpoint.format import TrainingState
 from pretrain.config.identity import changes, falsifying
 from pretrain.config.load import to_yaml
 from pretrain.config.run import RunConfig
@@ -13,33 +14,23 @@ from pretrain.run.secrets import public
 
 
 def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collection[str] = ()) -> list[str]:
-    """Make the run folder, or check that the one there holds this run; then write the config into it.
+    """Make the run folder with its config, or check that the one there holds this run.
+
+    Where the config is another than that of the run, it is the next start's, and becomes the run's with the first step
+    that is trained under it. A run that is trained to its end keeps its own; only where its corpus lies and how it is
+    evaluated is as given.
 
     Returns:
         Lines for the user: what is resumed, what has changed since.
 
     Raises:
-        UserError: the folder holds another run, or the run was trained on another corpus.
+        UserError: the folder holds another run, or the run was trained on another corpus, or on more tokens.
     """
     run = RunFolder.of(config)
-    lines, state = [], run.newest_state()
-    if run.is_run:
-        saved, now = run.public_config(), public(config)
-        differences = changes(saved, now)
-        another = falsifying(saved, now, tokens_seen=state.tokens_seen if state else 0)
-        refused = [key for key in another if key not in allow_change]
-        if refused:
-            listed = "\n".join(f"  {key}: {differences[key][0]} there, {differences[key][1]} now" for key in refused)
-            raise UserError(
-                f"{run} holds another run:\n{listed}\nChoose another name (name=...), or, to go on with the changed "
-                f"run all the same, add {' '.join(f'--allow-change {key}' for key in refused)}"
-            )
-        lines = [f"changed since: {key} {old} -> {new}" for key, (old, new) in differences.items()]
-    elif run.path.is_dir() and any(run.path.iterdir()):
+    state, done = run.newest_state(), is_trained(config)
+    if not run.is_run and run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"{run} exists and is no run folder (it has no config.yaml); choose another name (name=...)")
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for leftover in run.path.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    lines = _changed_since(run, config, state, allow_change) if run.is_run else []
     if state is not None:
         if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
             raise UserError(
@@ -47,5 +38,52 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
                 "restore that corpus, choose another name (name=...), or start its data over with --allow-change corpus"
             )
         lines.insert(0, f"resuming {run} at step {state.step}")
-    write_text(run.config_file, to_yaml(public(config)))
+    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for leftover in run.path.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    if not run.is_run:
+        run.write_config(config)
+    elif done and state is not None:
+        is_same = state.fingerprint == manifest.fingerprint
+        given = {"evaluation": config.evaluation} | ({"corpus": config.corpus} if is_same else {})
+        run.write_config(run.public_config().model_copy(update=given))
+    elif changes(run.public_config(), public(config)):
+        write_text(run.pending_config, to_yaml(public(config)))
+    else:
+        run.pending_config.unlink(missing_ok=True)
     return lines
+
+
+def is_trained(config: RunConfig) -> bool:
+    """Whether the run is trained to its last token already, so that a start has nothing to do.
+
+    Raises:
+        UserError: it is trained on more tokens than that, by more than the step that reached them.
+    """
+    run, tokens = RunFolder.of(config), config.training.tokens
+    state = run.newest_state()
+    if state is not None and tokens < state.tokens_seen:
+        steps = [record["tokens"] for record in run.metrics() if "loss" in record and record["step"] < state.step]
+        if steps and tokens <= steps[-1]:
+            raise UserError(
+                f"{run} is trained on {state.tokens_seen:,} tokens already, but training.tokens is {tokens:,}: raise "
+                "it above that to train further, leave the override out to keep the run as it is, or choose another "
+                "name (name=...) to train on fewer"
+            )
+    return run.has_ended(tokens)
+
+
+def _changed_since(
+    run: RunFolder, config: RunConfig, state: TrainingState | None, allow_change: Collection[str]
+) -> list[str]:
+    """A line for each setting that is another than that of the run; refuses those that make it another run."""
+    saved, now = run.public_config(), public(config)
+    differences = changes(saved, now)
+    another = falsifying(saved, now, tokens_seen=state.tokens_seen if state else 0)
+    if refused := [key for key in another if key not in allow_change]:
+        listed = "\n".join(f"  {key}: {differences[key][0]} there, {differences[key][1]} now" for key in refused)
+        raise UserError(
+            f"{run} holds another run:\n{listed}\nChoose another name (name=...), or, to go on with the changed "
+            f"run all the same, add {' '.join(f'--allow-change {key}' for key in refused)}"
+        )
+    return [f"changed since: {key} {old} -> {new}" for key, (old, new) in differences.items()]

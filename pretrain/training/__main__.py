@@ -31,9 +31,9 @@ def main(run_folder: str) -> int:
         from pretrain.training.trainer import Trainer
 
         run = RunFolder(Path(run_folder))
-        config = run.config()
-        ranks = join_ranks(config.supervision.collective_s)
+        ranks = join_ranks(run.next_config().supervision.collective_s)
         with hold_run(run, ranks.rank) as attempt:
+            config = attempt.config()
             return Trainer(config, ranks, Monitor(config, attempt, ranks, stop_request)).fit()
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)

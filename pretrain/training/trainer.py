@@ -59,8 +59,8 @@ class Trainer:
         """Train to the last token, or to a stop; returns the exit code."""
         with self.monitor:
             steps = self.enter_phase()
-            if self.validation_is_due:
-                self.validate()
+            if not self.is_validated and self.state.step % self.base_config.training.validate_every == 0:
+                self.validate()  # cut off at the stop before this start
             while self.state.tokens_seen < self.base_config.training.tokens:
                 rows = self.read(steps)
                 totals = self.agree(rows)
@@ -167,11 +167,11 @@ class Trainer:
             )
             stop = self.monitor.stop_request
             sums = evaluate_batches(self.engine, self.monitor.each_of(batches), lambda: any_rank(stop.requested))
-            self.validation_is_due = sums is None
             if sums is None:
                 self.monitor.event(f"step {self.state.step}: validation left for the next start")
             else:
                 self.monitor.validated(sums)
+                self.validated_step = self.state.step
         return sums is not None
 
     def save(self, *, last: bool = False) -> None:
@@ -207,11 +207,15 @@ class Trainer:
         return training_steps(self.base_config, self.manifest, self.state.stream, self.data_rank)
 
     def look_back(self) -> None:
-        """Let the guard know the steps before, and see whether the validation of this one was cut off."""
-        records, step = self.monitor.recent_records(), self.state.step
+        """Let the guard know the steps before, and see which of them was validated last."""
+        records = self.monitor.recent_records()
         self.guard.replay(records, self.regime)
-        done = any("validation_loss" in record and record["step"] == step for record in records)
-        self.validation_is_due = step > 0 and step % self.base_config.training.validate_every == 0 and not done
+        self.validated_step = max((record["step"] for record in records if "validation_loss" in record), default=0)
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the validation loss of this step is recorded, now or by an earlier start."""
+        return self.validated_step == self.state.step
 
     def regime(self, tokens_seen: int) -> Hashable:
         """Differs where losses cannot be compared: between phases, and once positions are dropped."""
@@ -249,8 +253,7 @@ class Trainer:
                 f"every one of the {self.state.step} steps was skipped, the last one because {self.guard.reason}: "
                 "nothing was learned"
             )
-        at_end = self.validation_is_due or self.state.step % self.base_config.training.validate_every
-        if at_end and not self.validate():
+        if not self.is_validated and not self.validate():
             return self.stop()
         self.save(last=True)
         self.monitor.close("done")

@@ -60,6 +60,7 @@ class Monitor:
         self._straggler = Straggler()
         self.saved_step = 0
         """Step of the newest checkpoint."""
+        self._has_trained = self._has_validated = False
 
     def measure_memory(self) -> None:
         """Take what this process holds now for nothing: the run's memory is what comes on top."""
@@ -78,7 +79,9 @@ class Monitor:
         self._stopwatch, self._clock = Stopwatch(), StepClock(device)
         if not self._clock.on_gpu:
             engine.time_collectives(self._clock.section)
-        if ranks.rank == 0:
+        if (before := self._folder.status()) is not None and before.step == state.step:
+            self._writer.go_on_from(before)
+        if ranks.rank == 0 and state.tokens_seen < self._config.training.tokens:
             write_environment(self._folder, ranks.world_size, engine.precision, ranks.device_name)
 
     def __enter__(self) -> "Monitor":
@@ -117,7 +120,7 @@ class Monitor:
         """The batches of a validation; the watchdog hears of each that is done."""
         for batch in batches:
             yield batch
-            self.note(VALIDATING, patient=self.status.validation_step is None)
+            self.note(VALIDATING, patient=not self._has_validated)
 
     def step_begins(self) -> None:
         """Begin to record the next step, where a profile of it is wanted."""
@@ -148,7 +151,9 @@ class Monitor:
         trouble: str | None,
     ) -> None:
         """Take up a step that brought the run to `state`; `trouble` is what is wrong since, for the status."""
-        self._state, self._trouble, self._cold = state, trouble, False
+        if not self._has_trained and self._ranks.rank == 0:
+            self.attempt.trained_under(self._config)
+        self._state, self._trouble, self._cold, self._has_trained = state, trouble, False, True
         squares, seconds = inspection.squares if inspection else None, self._stopwatch.lap()
         self._metrics.add(StepRecord(state.step, state.tokens_seen, totals, learning_rate, outcome, seconds, squares))
         self._writer.samples_lost_by(state.step, totals.samples_lost)
@@ -161,6 +166,7 @@ class Monitor:
         state, (loss_sum, correct, masked) = self._state, sums.tolist()
         loss, accuracy = loss_sum / max(masked, 1), correct / max(masked, 1)
         self._metrics.validation(state.step, state.tokens_seen, loss, accuracy)
+        self._has_validated = True
         self.status.validation_loss, self.status.validation_step = loss, state.step
         self.event(f"step {state.step}: validation loss {loss:.4f}, masked accuracy {accuracy:.1%}")
 

@@ -13,6 +13,20 @@ from pretrain.training.monitor.heartbeats import end_of
 log = logging.getLogger(__name__)
 
 
+FIGURES = (
+    "loss",
+    "masked_accuracy",
+    "learning_rate",
+    "tokens_per_s",
+    "flops_per_s",
+    "mfu",
+    "time_shares",
+    "peak_memory_bytes",
+    "planned_memory_bytes",
+)
+"""Figures of the status that stand in the metrics under the same names."""
+
+
 class StatusWriter:
     """Writer of status.json; silent once another attempt has the run, or the watchdog has ended this one."""
 
@@ -21,6 +35,11 @@ class StatusWriter:
         self.samples_lost = 0
         """Samples lost in damaged shards, as far as it was told."""
         self.status = Status(heartbeat=time.time(), total_tokens=total_tokens, attempt=attempt.number, ranks=world_size)
+
+    def go_on_from(self, before: Status) -> None:
+        """Keep the figures of an earlier start, which ended at the step where this one goes on."""
+        for key in (*FIGURES, "validation_loss", "validation_step"):
+            setattr(self.status, key, getattr(before, key))
 
     def event(self, text: str) -> None:
         """Write a line about something that happened to this rank's log, and keep it for the status."""
@@ -37,10 +56,8 @@ class StatusWriter:
     def take_figures(self, record: dict[str, Any]) -> None:
         """Copy figures from the newest record of the metrics, to be written with the next `show`."""
         status = self.status
-        for key in ("loss", "masked_accuracy", "learning_rate", "tokens_per_s", "flops_per_s", "mfu", "time_shares"):
+        for key in FIGURES:
             setattr(status, key, record.get(key))
-        status.peak_memory_bytes = record.get("peak_memory_bytes")
-        status.planned_memory_bytes = record.get("planned_memory_bytes")
         status.seconds_left = max(status.total_tokens - record["tokens"], 0) / record["tokens_per_s"]
 
     def samples_lost_by(self, step: int, samples: int) -> None:
