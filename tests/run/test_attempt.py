@@ -1,5 +1,7 @@
 """The attempt fence and the run lock: of two copies of a run, one trains."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -18,7 +20,7 @@ from pretrain.errors import UserError
 from pretrain.run import lock
 from pretrain.run.attempt import Attempt, SupersededError, newest_attempt, take_attempt
 from pretrain.run.folder import RunFolder
-from pretrain.run.lock import Holder, is_locked, run_lock
+from pretrain.run.lock import Holder, holder_of, is_locked, run_lock, try_flock
 from pretrain.run.opening import open_run_folder
 from pretrain.training.cost.flops import FlopsPerToken
 from pretrain.training.monitor.metrics import Metrics
@@ -211,3 +213,43 @@ def test_a_killed_holder_leaves_nothing_that_keeps_others_out(run):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert seconds_to_take(run) < 0.3
+
+
+def test_a_clean_end_leaves_no_holder_behind_whatever_was_in_the_file_before(run):
+    for name in ("a much longer name of a host than any other", "b"):
+        leave_lock(run, machine=name)
+        with run_lock(run):
+            assert Holder(**json.loads(run.lock_file.read_text())) == Holder.this_process()
+        assert run.lock_file.read_text() == ""
+        assert holder_of(run) is None
+
+
+def test_whoever_asks_whether_a_run_is_held_does_not_keep_others_from_it(run):
+    leave_lock(run, machine="another")
+    asking = threading.Thread(target=is_locked, args=(run,))
+    asking.start()
+    time.sleep(0.2)  # it watches for 0.6 s
+    with run.lock_file.open("r+") as file:
+        assert try_flock(file)
+    assert asking.is_alive()
+    asking.join()
+
+
+@pytest.mark.parametrize("is_beating", [False, True])
+def test_where_the_file_system_has_no_locks_the_heartbeat_decides(run, monkeypatch, is_beating):
+    """A crash must not keep the run for ever."""
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    leave_lock(run)
+    ended = threading.Event()
+    beating = threading.Thread(target=lock._beat, args=(run.lock_file, ended))
+    if is_beating:
+        beating.start()
+        with pytest.raises(UserError, match="is being trained already"), run_lock(run):
+            pass
+        ended.set()
+        beating.join()
+    assert 0.5 < seconds_to_take(run) < 1.5
