@@ -74,7 +74,7 @@ def test_a_corpus_is_not_built_from_a_source_without_its_password_but_one_that_i
     corpus_values, tmp_path, monkeypatch
 ):
     hidden = {**corpus_values, "sources": [{"path": "https://***@host/texts.jsonl"}]}
-    monkeypatch.setattr("pretrain.data.sources.inputs.fetch_raw", lambda *_: pytest.fail("the placeholder was tried"))
+    monkeypatch.setattr("pretrain.data.fetching.open_url", lambda *_: pytest.fail("the placeholder was tried"))
     assert ensure_corpus(CorpusConfig.model_validate(hidden), Console()).splits["train"].documents > 0
     missing = CorpusConfig.model_validate({**hidden, "path": str(tmp_path / "corpus")})
     with pytest.raises(UserError, match=r"https://\*\*\*@host/texts.jsonl without its password.*diptych data build"):
