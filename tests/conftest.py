@@ -90,13 +90,19 @@ def manifest(corpus_values: dict[str, Any]) -> Manifest:
     return load_manifest(Path(corpus_values["path"]))
 
 
+TRAINED: dict[str, dict[str, Any]] = {
+    "training": {"tokens": 40_000, "micro_batch_size": 16, "sharding": "none"},
+    "optimizer": {"learning_rate": 1e-2},
+    "checkpoint": {"every": 40, "keep_last": 3},
+}
+"""Sections of a run that has learned something when it ends, after 83 steps, and has three checkpoints."""
+
+
 @pytest.fixture(scope="session")
 def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run of one rank that is trained to its end, with its last three checkpoints."""
+    """A run of one rank that is trained to its end; not to be changed, `finished` and `trained` are copies of it."""
     folder = tmp_path_factory.mktemp("trained")
-    config = tiny_run(
-        corpus_values, folder / "runs", "run", training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3}
-    )
+    config = tiny_run(corpus_values, folder / "runs", "run", **TRAINED)
     from pretrain.run.opening import open_run_folder
 
     open_run_folder(config, load_manifest(config.corpus.path))
@@ -104,10 +110,14 @@ def trained_once(corpus_values: dict[str, Any], tmp_path_factory: pytest.TempPat
     return config
 
 
-@pytest.fixture
-def finished(trained_once: RunConfig, make_config: Callable[..., RunConfig]) -> RunConfig:
-    """The same in a folder of this test."""
-    config = make_config(training={"tokens": 3_000}, checkpoint={"every": 2, "keep_last": 3})
-    shutil.copytree(trained_once.run_folder, config.run_folder)
+def copy_of_run(trained: RunConfig, config: RunConfig) -> RunConfig:
+    """Give `config` the folder of a trained run."""
+    shutil.copytree(trained.run_folder, config.run_folder)
     (config.run_folder / "config.yaml").write_text(to_yaml(config))
     return config
+
+
+@pytest.fixture
+def finished(trained_once: RunConfig, make_config: Callable[..., RunConfig]) -> RunConfig:
+    """The trained run, in a folder of this test."""
+    return copy_of_run(trained_once, make_config(**TRAINED))

@@ -262,11 +262,10 @@ def test_a_folder_that_holds_another_run_is_refused_until_the_change_is_named(ma
     wider = make_config(model={"hidden_size": 64})
     with pytest.raises(UserError, match=r"holds another run:\n  model.hidden_size: 32 there, 64 now"):
         open_run_folder(wider, manifest)
-    longer = make_config(training={"tokens": 4_000})
+    longer = make_config(training={"tokens": 50_000})
     lines = open_run_folder(longer, manifest)
-    assert "changed since: training.tokens 3000 -> 4000" in lines
-    reseeded = make_config(training={"tokens": 4_000})
-    reseeded = reseeded.model_copy(update={"seed": 8})
+    assert "changed since: training.tokens 40000 -> 50000" in lines
+    reseeded = longer.model_copy(update={"seed": 8})
     with pytest.raises(UserError, match="--allow-change seed"):
         open_run_folder(reseeded, manifest)
     assert open_run_folder(reseeded, manifest, ["seed"])

@@ -124,6 +124,14 @@ def test_windows_lie_inside_documents_and_their_blocks_anywhere_in_them():
     assert [w.key for w in fewer] == [w.key for w in windows[:5]]
 
 
+def test_a_block_stands_at_every_place_of_its_longest_window_that_there_is():
+    middle = 4
+    windows = [
+        w for seed in range(60) for w in draw_windows([np.arange(12)], 4, 8, 3, seed) if w.ids[w.offset] == middle
+    ]
+    assert {w.offset for w in windows} == {0, 1, 2, 3, 4}
+
+
 def test_single_mask_rows_mask_the_middle_target_and_nothing_else(session):
     plan = session.plan
     cheap = make_rows(session.windows, 64, 32, session.rule, plan.seed)
@@ -155,6 +163,13 @@ def test_profiles_count_every_target_once(trained, evaluated):
         assert mean == pytest.approx(report.result(profile.multiple).loss)
     edges = next(p for p in found if (p.by, p.multiple) == ("edge_distance", 1))
     assert [b.low for b in edges.bins] == [0, 8]
+
+
+def test_interventions_are_set_for_the_length_that_they_are_measured_at_if_they_have_a_factor(evaluated):
+    factors = {(r.reading, r.multiple): r.factor for r in evaluated.report.readings}
+    names = ("plain", "interpolation", "ntk", "dynamic_ntk", "yarn", "dropped", "log_length", "windowed")
+    factored = ("interpolation", "ntk", "yarn")
+    assert factors == {(name, m): m if name in factored else 1.0 for name in names for m in (2, 4, 8)}
 
 
 def test_tokens_that_need_context_are_chosen_within_the_training_length(evaluated):

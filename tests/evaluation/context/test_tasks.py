@@ -10,7 +10,16 @@ from pretrain.batch import IGNORED
 from pretrain.data.tokenizer import BOS, EOS, MASK
 from pretrain.evaluation.context.attention_statistics import FIELDS, distance_bounds, triangle_statistics
 from pretrain.evaluation.context.results.statistics import DocumentBootstrap, doubling_bins, entropy_of_counts, wilson
-from pretrain.evaluation.context.tasks import CANDIDATES, DEPTHS, SPAN, Vocabulary, distances_at, draw_rows, num_rows
+from pretrain.evaluation.context.tasks import (
+    CANDIDATES,
+    DEPTHS,
+    DISTRACTORS,
+    SPAN,
+    Vocabulary,
+    distances_at,
+    draw_rows,
+    num_rows,
+)
 from pretrain.evaluation.report.schema import EDGE_TOKENS
 
 
@@ -40,10 +49,22 @@ def test_what_is_masked_stands_at_the_distance_on_the_side(vocabulary, task):
     assert not np.array_equal(draw_rows(task, 256, 64, 3, vocabulary, 8).inputs, drawn.inputs)
 
 
-def test_other_pairs_of_multikey_leave_the_right_one_alone(vocabulary):
-    single, many = (draw_rows(task, 256, 64, 1, vocabulary, 7) for task in ("passkey", "multikey"))
-    changed = (single.inputs != many.inputs).sum(axis=1)
-    assert changed.min() > SPAN
+def test_other_pairs_of_multikey_overlap_neither_the_right_one_nor_each_other():
+    """Where all filler is one piece, the tokens of pairs stand out: so many, none written over another."""
+    pieces = np.arange(5, 100_005)
+    vocabulary = Vocabulary(pieces, np.ones(len(pieces)), candidates=pieces[-CANDIDATES:])
+    drawn = draw_rows("multikey", 256, 64, 3, vocabulary, 7)
+    assert set((drawn.inputs != pieces[0]).sum(axis=1)) == {2 + (2 + DISTRACTORS) * SPAN}
+
+
+def test_filler_is_drawn_by_how_often_pieces_occur():
+    counts, special = np.array([0, 0, 600, 300, 98, *[0] * 20]), np.zeros(25, dtype=bool)
+    special[:2] = True
+    vocabulary = Vocabulary.from_counts(counts, special, 7)
+    filler = draw_rows("passkey", 1024, 1024, 1, vocabulary, 7).inputs[:, 1:-1]
+    shares = [(filler == piece).mean() for piece in (2, 3, 4)]
+    # A count of one is added to each of ten pieces, and two halves of a pair take 16 of the 1,022 places.
+    assert shares == pytest.approx([601 / 1008, 301 / 1008, 99 / 1008], abs=0.02)
 
 
 def test_distances_double_up_to_the_end_of_the_row():
