@@ -81,7 +81,7 @@ def measure_rank(rank: int, size: int, sharding: str, ranks: int, folder: str) -
     engine = Engine(model, config, ranks, device)
     parameters = sum(map(math.prod, engine.parameter_shapes.values()))
     built = peak.bytes()
-    planned = mock_step(engine, config, VOCABULARY, ranks)
+    planned = mock_step(engine, config, VOCABULARY)
     stepped = peak.bytes()
     assert built is not None, "this system does not tell a process's peak of memory"
     assert stepped is not None

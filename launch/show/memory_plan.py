@@ -17,7 +17,7 @@ from pretrain.model.summary import summarize
 from pretrain.training.cost.advice import remedies
 from pretrain.training.cost.flops import FlopsPerToken, flops_per_token, peak_flops
 from pretrain.training.cost.hardware import GIB, USABLE, Hardware, this_processor
-from pretrain.training.cost.need import Need
+from pretrain.training.cost.need import Need, sent_for_attention
 from pretrain.training.cost.plan import RECOMPUTE_EVERY, Choice, MemoryPlan
 from pretrain.training.zero.settings import ZERO_STAGE
 
@@ -236,7 +236,7 @@ def _notes(plan: MemoryPlan) -> list[str]:
     shared = plan.run.parallel.sequence
     if shared > 1:
         positions = plan.config.data.sequence_length // shared
-        sent = size(plan.sent_for_attention(plan.recommended() or plan.configured))
+        sent = size(sent_for_attention((plan.recommended() or plan.configured).applied_to(plan.config), plan.hardware))
         notes.append(
             f"every row is shared by {shared} ranks, {positions:,} positions each; for attention a rank sends {sent} "
             "to the others of its group in a step"

@@ -17,7 +17,7 @@ from pretrain.training.zero.engine import Engine
 from pretrain.training.zero.settings import accumulation_steps
 
 
-def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) -> int:
+def mock_step(engine: Engine, run: RunConfig, vocab_size: int) -> int:
     """Take it; collective. The engine's phase is to be entered after it.
 
     Returns:
@@ -26,16 +26,16 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
     Raises:
         UserError: memory ran out; says what the plan advises.
     """
-    hardware = this_hardware(engine.device, world_size)
+    hardware = this_hardware(engine.device, engine.world_size)
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         plan = MemoryPlan(run, vocab_size, hardware)
-        rows = plan.configured.micro_batch_size
+        largest = plan.configured.applied_to(plan.config)
         try:
-            _take_step(engine, plan.config, rows, vocab_size, world_size)
+            _take_step(engine, largest, vocab_size)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            shape = f"{rows} rows of {plan.config.data.sequence_length:,} at once"
+            shape = f"{largest.training.micro_batch_size} rows of {largest.data.sequence_length:,} at once"
             raise UserError(
                 f"out of memory before the first step, with {shape}. {advice(run, vocab_size, hardware)}"
             ) from error
@@ -43,12 +43,12 @@ def mock_step(engine: Engine, run: RunConfig, vocab_size: int, world_size: int) 
     return plan.need(plan.configured).total
 
 
-def _take_step(engine: Engine, config: RunConfig, rows: int, vocab_size: int, world_size: int) -> None:
+def _take_step(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     """Take a step of at most two micro-batches: what accumulation needs is there from the second on."""
-    micro_batches = min(accumulation_steps(config, world_size), 2)
-    batch_size = micro_batches * rows * config.parallel.data_ranks(world_size)
-    training = config.training.model_copy(update={"batch_size": batch_size, "micro_batch_size": rows})
-    engine.enter_phase(config.model_copy(update={"training": training}), world_size)
+    rows, micro_batches = config.training.micro_batch_size, min(accumulation_steps(config, engine.world_size), 2)
+    batch_size = micro_batches * rows * config.parallel.data_ranks(engine.world_size)
+    training = config.training.model_copy(update={"batch_size": batch_size})
+    engine.enter_phase(config.model_copy(update={"training": training}))
     engine.set_learning_rate(0.0)
     batch = largest_batch(config, rows, vocab_size)
     for _ in range(micro_batches):

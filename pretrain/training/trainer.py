@@ -49,7 +49,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = build_model(config, self.vocab_size, ranks.world_size, ranks.device)
         self.engine = Engine(model, config, ranks.world_size, ranks.device)
-        planned_memory = mock_step(self.engine, config, self.vocab_size, ranks.world_size)
+        planned_memory = mock_step(self.engine, config, self.vocab_size)
         self.checkpoints = RunCheckpoints(config, self.engine, ranks, self.data_rank, monitor)
         self.state = self.checkpoints.resume(self.manifest.fingerprint)
         monitor.begin(self.engine, self.state, self.flops, planned_memory)
@@ -194,7 +194,7 @@ class Trainer:
         """
         self.phase = phase = self.base_config.phase_at(self.state.tokens_seen)
         self.phase_config = config = self.base_config.in_phase(phase)
-        self.engine.enter_phase(config, self.ranks.world_size)
+        self.engine.enter_phase(config)
         self.log()
         self.monitor.phase_begins(self.flops)
         self.state = replace(self.state, stream=self.state.stream.in_phase(phase))

@@ -91,7 +91,7 @@ def load_and_train(rank, world_size, loaders, savers, folder):
         if not continued:
             for name, saved in savers.items():
                 state = load_checkpoint(saved, trainer.engine)
-                trainer.engine.enter_phase(config.in_phase(1), world_size)
+                trainer.engine.enter_phase(config.in_phase(1))
                 values, expected = whole_values(trainer.engine), torch.load(Path(folder) / f"{name}.pt")
                 problems += [(config.name, name, key) for key in expected if not expected[key].equal(values[key])]
                 problems += [(config.name, name, "state")] if state.to_json() != load_state(saved).to_json() else []

@@ -49,7 +49,7 @@ def test_a_run_is_bit_for_bit_that_without_the_step_at_every_stage(make_config, 
 def run_out_of_memory(rank, config):
     engine = Engine(MaskedLanguageModel(config.model, 16), config, 1, torch.device("cpu"))
     try:
-        mock_step(engine, config, 16, 1)
+        mock_step(engine, config, 16)
     except UserError as error:
         return str(error)
     return None

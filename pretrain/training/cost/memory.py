@@ -180,8 +180,3 @@ def buffers(groups: Groups, spread: Spread) -> Buffers:
     arriving = gradient_partition(groups, world_size) if beside else 0
     buckets = bucket * (2 if spread.overlap else 1)
     return Buffers(c * (buckets + arriving) + copied, FP32 * own if c < FP32 and not on_host else 0)
-
-
-def checkpoint_bytes(groups: Groups, moments: Moments) -> int:
-    """Bytes on disk from all ranks together: weights and moments in fp32; names and JSON come on top."""
-    return FP32 * (sum(map(sum, groups)) + _kept(map(sum, groups), moments))

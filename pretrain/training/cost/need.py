@@ -11,7 +11,7 @@ from pretrain.config.training import OptimizerConfig
 from pretrain.model.encoder import MaskedLanguageModel
 from pretrain.training.cost.activations import PACKING_OVERHEAD, Activations, ForwardPass, activations
 from pretrain.training.cost.hardware import Hardware
-from pretrain.training.cost.memory import Buffers, ModelStates, Spread, buffers, checkpoint_bytes, model_states
+from pretrain.training.cost.memory import FP32, Buffers, ModelStates, Spread, buffers, model_states
 from pretrain.training.zero.muon import working_bytes
 from pretrain.training.zero.optimizer import GroupSummary, parameter_groups, summarize_groups
 from pretrain.training.zero.settings import (
@@ -44,8 +44,8 @@ class OptimizerShape:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint on disk."""
-        return checkpoint_bytes(self.sizes, self.moments)
+        """Bytes on disk from all ranks together: weights and moments in fp32; names and JSON come on top."""
+        return FP32 * sum(sum(sizes) * (1 + kept) for sizes, kept in zip(self.sizes, self.moments, strict=True))
 
 
 def optimizer_shape(model: ModelConfig, vocab_size: int, optimizer: OptimizerConfig) -> OptimizerShape:

@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from pretrain.config.run import RunConfig
 from pretrain.training.cost.activations import activations
 from pretrain.training.cost.hardware import Hardware
-from pretrain.training.cost.need import (
-    Need,
-    forward_pass,
-    memory_need,
-    optimizer_shape,
-    planned_precision,
-    sent_for_attention,
-)
+from pretrain.training.cost.need import Need, forward_pass, memory_need, optimizer_shape, planned_precision
 from pretrain.training.zero.settings import checkpoint_every, rows_per_rank
 
 ENOUGH_POSITIONS = 4096
@@ -138,7 +131,3 @@ class MemoryPlan:
     def recommended(self, limit: float | None = None) -> Choice | None:
         """Return the first choice that fits; None where none does."""
         return next((choice for choice in self.choices() if self.fits(choice, limit)), None)
-
-    def sent_for_attention(self, choice: Choice) -> int:
-        """Return the bytes that a rank sends in a step to those that it shares rows with."""
-        return sent_for_attention(choice.applied_to(self.config), self.hardware)

@@ -1,7 +1,7 @@
-"""Our config -> DeepSpeed's dict -> engine. The only file that imports DeepSpeed's engine.
+"""The engine: a model under DeepSpeed's ZeRO, with forward, backward and step.
 
-A user never writes a DeepSpeed config. ZeRO divides gradients by the number of ranks; the step's own arithmetic
-(loss summed, divided once by all masked tokens) therefore scales the loss up by it, see step.py.
+ZeRO divides gradients by the number of ranks; the step's own arithmetic (loss summed, divided once by all masked
+tokens) therefore scales the loss up by it, see `step.py`. What a rank holds is in `partition.py`.
 """
 
 import logging
@@ -48,7 +48,7 @@ class Engine:
         self.device, self.config = device, config
         self.rank, self.world_size = dist.get_rank() if dist.is_initialized() else 0, world_size
         self.sequence = SequenceGroup.join(config.parallel.sequence, timedelta(seconds=config.supervision.collective_s))
-        """The ranks that this one shares its rows with, if it does."""
+        """Ranks that this one shares its rows with, if it does."""
         self.precision = resolve_precision(config)
         stage = ZERO_STAGE[config.training.sharding]
         self._sharded = stage > 0
@@ -76,7 +76,7 @@ class Engine:
         self.module: Any = self._deepspeed.module
         offloaded = config.training.offload != "none"
         self.partition = PARTITIONS[stage](self.module, self._deepspeed.optimizer, self.moments, offloaded=offloaded)
-        """What this rank holds."""
+        """Weights, moments and gradients that this rank holds."""
         assert self.torch_optimizer is optimizer, "DeepSpeed has replaced the optimizer"
         self.files: TensorFiles | None = None
         """Files in which `offload: nvme` keeps moments and, where they may move, master weights."""
@@ -105,14 +105,14 @@ class Engine:
         time_collectives(self.collectives, section)
 
     def place(self, batch: Batch) -> tuple[Batch, AttentionLayout]:
-        """Rows of this rank, on its device, with their layout: the part of them that it holds of shared rows."""
+        """Return rows of this rank on its device, with their layout; of rows that ranks share, its part."""
         layout = AttentionLayout.from_batch(batch)
         if self.sequence is not None:
             batch, layout = self.sequence.own_positions(batch), layout.over(self.sequence)
         return batch.to(self.device), layout.to(self.device)
 
     def forward(self, batch: Batch, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
-        """`MaskedLanguageModel.forward`, sharded and in the run's precision."""
+        """Return what `MaskedLanguageModel.forward` does, sharded and in the run's precision."""
         autocast = self.arithmetic == "autocast"
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
             return self._deepspeed(batch, layout)
@@ -130,10 +130,10 @@ class Engine:
                 self._deepspeed.zero_grad()
         self._deepspeed.step()
 
-    def enter_phase(self, config: RunConfig, world_size: int) -> None:
+    def enter_phase(self, config: RunConfig) -> None:
         """Go on with the batch size and the rotary base of `config`; weights and moments stay."""
         self.config = config
-        self._deepspeed.set_train_batch_size(accumulation_steps(config, world_size) * world_size)
+        self._deepspeed.set_train_batch_size(accumulation_steps(config, self.world_size) * self.world_size)
         # DeepSpeed counts micro-batches since its start, and takes every n-th as the last of a step.
         self._deepspeed.micro_steps = 0
         theta = config.model.rotary_theta
@@ -144,11 +144,11 @@ class Engine:
         self._encoder.set_tokens_seen(tokens_seen)
 
     def train(self) -> None:
-        """Gradients will be wanted."""
+        """Prepare for forward passes with gradients."""
         self._deepspeed.train()
 
     def eval(self) -> None:
-        """Gradients will not be wanted."""
+        """Prepare for forward passes without gradients."""
         self._deepspeed.eval()
 
     @property
@@ -164,7 +164,7 @@ class Engine:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def set_optimizer_steps(self, steps: int) -> None:
-        """The optimizer's own step count, which AdamW's bias correction needs."""
+        """Set the optimizer's own step count, which AdamW's bias correction needs."""
         for _, parameter in self.partition.flat_parameters():
             self.torch_optimizer.state[parameter]["step"].fill_(steps)
 

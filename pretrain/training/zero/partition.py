@@ -75,19 +75,14 @@ class StatePartition(ABC):
 
     def fragments(self) -> Iterator[Fragment]:
         """Everything that this rank holds (without sharding: everything there is)."""
-        for name in self._parameters:
+        for name, parameter in self._parameters.items():
             for kind in ("weight", *self._moments[name]):
-                yield from self._fragment(name, kind)
+                if (held := self._held(parameter, None if kind == "weight" else kind)) is not None:
+                    yield Fragment(kind, name, *held)
 
     def weights(self) -> Iterator[Fragment]:
         """The fp32 weights that this rank holds."""
-        for name in self._parameters:
-            yield from self._fragment(name, "weight")
-
-    def _fragment(self, name: str, kind: str) -> Iterator[Fragment]:
-        held = self._held(self._parameters[name], None if kind == "weight" else kind)
-        if held is not None:
-            yield Fragment(kind, name, *held)
+        return (fragment for fragment in self.fragments() if fragment.kind == "weight")
 
     def own(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
         """Return the fragments, of these that it holds, that this rank answers for: over all ranks, each value once."""

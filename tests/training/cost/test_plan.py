@@ -6,6 +6,7 @@ from pretrain.config.load import load_config
 from pretrain.config.run import RunConfig
 from pretrain.training.cost.advice import advice, remedies
 from pretrain.training.cost.hardware import GIB, USABLE, Hardware
+from pretrain.training.cost.need import sent_for_attention
 from pretrain.training.cost.plan import Choice, MemoryPlan
 
 VOCAB = 32_768
@@ -132,7 +133,7 @@ def test_shared_rows_need_their_part_of_the_activations_and_are_advised_where_no
     assert shared.recommended() == one_row
     # Four tensors of all heads, there and back, in two layers of bf16; an eighth of what is sent stays.
     tensor = 8 * 2**20 // 8 * 512 * 2
-    assert shared.sent_for_attention(one_row) == 2 * 4 * 2 * tensor * 7 // 8
-    assert whole.sent_for_attention(one_row) == 0
+    assert sent_for_attention(one_row.applied_to(shared.config), shared.hardware) == 2 * 4 * 2 * tensor * 7 // 8
+    assert sent_for_attention(one_row.applied_to(whole.config), whole.hardware) == 0
     assert whole.recommended() is None
     assert "share rows by parallel.sequence=8" in remedies(whole)
