@@ -16,12 +16,8 @@ from pretrain.model.kernels import TRIANGLES
 
 STATISTIC = 4
 """Bytes of a number that is fp32 whatever the precision: the norm of a row, its softmax, its loss."""
-
-
 SMALLEST_BLOCK = 64
 """Queries that the windowed kernel takes at once, at least."""
-
-
 PACKING_OVERHEAD = 4 / 3
 """Most places for each position where kernel `sdpa` puts packed documents into rectangles (see `AttentionLayout`)."""
 

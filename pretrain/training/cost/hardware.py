@@ -8,8 +8,6 @@ import torch
 from pretrain.training.zero.settings import ranks_per_node
 
 GIB = 2**30
-
-
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: its driver, NCCL and fragmentation take the rest (an assumption)."""
 

@@ -18,16 +18,10 @@ FP32 = 4
 
 UNSHARDED_BUCKET = 500_000_000
 """Elements that are reduced at once without sharding (DeepSpeed's constant for it)."""
-
-
 SUB_GROUP = 1_000_000_000
 """Elements that stage 3 updates at once (sub_group_size)."""
-
-
 Groups = Sequence[Sequence[int]]
 """Elements of each parameter, in order, for each group of the optimizer."""
-
-
 Moments = Sequence[int]
 """Values that the optimizer keeps for an element (AdamW two, Muon one), for each of its groups."""
 

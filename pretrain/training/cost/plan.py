@@ -15,8 +15,6 @@ from pretrain.training.zero.settings import checkpoint_every, rows_per_rank
 
 ENOUGH_POSITIONS = 4096
 """Positions of a micro-batch that keep a GPU busy between its kernels (an assumption)."""
-
-
 RECOMPUTE_EVERY = (0, 2, 1)
 """Activation checkpointing that is planned for, the least work first: no block, every second, every one."""
 

@@ -20,8 +20,6 @@ from torch.optim.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic: steep at zero, so that five steps bring nearly every singular value to between 0.7 and 1.2."""
-
-
 ROUND = 2**26
 """Elements that one rank brings together at once, unless a single matrix has more."""
 

@@ -16,8 +16,6 @@ from pretrain.training.zero.partition import StatePartition, whole_shape
 
 MATRICES, OUTPUT, REST = "matrices", "output matrix", "norms and embeddings"
 """The groups, in order. The output matrix is among the matrices where nothing sets it apart from them."""
-
-
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
 """What each optimizer keeps for every element that it moves."""
 

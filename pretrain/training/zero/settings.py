@@ -13,8 +13,6 @@ import torch
 from pretrain.config.run import RunConfig
 
 ZERO_STAGE = {"none": 0, "optimizer": 1, "gradients": 2, "full": 3, "hybrid": 3}
-
-
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type in which matrices are multiplied, by the precision of the run."""
 
