@@ -11,7 +11,7 @@ class DataRank:
     """Place of a rank among those that read rows; ranks that share every row have the same one."""
 
     index: int = 0
-    """Its number among them, from 0."""
+    """Index of this one among them, from 0."""
     count: int = 1
     """How many there are."""
 
