@@ -97,3 +97,12 @@ def test_a_run_with_other_masks_is_refused_by_name_unless_it_is_allowed(make_con
     assert open_run_folder(other, manifest, ["data.final_mask_rate"]) == [
         "changed since: data.final_mask_rate None -> 0.4"
     ]
+
+
+def test_a_trained_run_takes_a_phase_that_is_to_come_and_refuses_one_in_the_past(finished, manifest):
+    def with_phase(from_tokens: int) -> RunConfig:
+        return finished.changed({"phases": [{"from_tokens": from_tokens, "mask_rate": 0.4}]})
+
+    with pytest.raises(UserError, match=r"holds another run:\n  phases: \[\] there, .*\n.*--allow-change phases"):
+        open_run_folder(with_phase(1_000), manifest)
+    assert any("changed since: phases" in line for line in open_run_folder(with_phase(1_000_000), manifest))
