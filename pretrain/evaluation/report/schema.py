@@ -241,7 +241,7 @@ class ContextReport(ReportEntry):
     of the difference."""
     results: list[LengthResult]
     skipped: dict[str, str]
-    """What could not be measured -> why: a length ("16x"), or a reading by its name."""
+    """What could not be measured -> why: a length ("16x"), or an intervention by its name."""
     context_need: ContextNeed | None
     profiles: list[LossProfile]
     readings: list[InterventionResult]
