@@ -9,12 +9,14 @@ import warnings
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OPENBLAS_NUM_THREADS": "1"}
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # with torch's compiler, for every optimizer of ZeRO
 import hypothesis  # noqa: F401
 import pytest  # noqa: F401
+import torch
 
 import pretrain.training.trainer  # noqa: F401
+from pretrain.training.zero.construction import load_deepspeed
 
+load_deepspeed(torch.device("cpu"))
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # as a rank of a run does
 gc.collect()
 gc.freeze()  # no rank looks again through what was imported, each time that it looks for garbage

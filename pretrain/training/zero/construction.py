@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,13 @@ def load_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed for this kind of device, which takes seconds and hundreds of megabytes."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
+    from deepspeed.runtime import compiler
 
+    # Its own Muon, which no run uses but every engine imports, would load torch's compiler: three seconds.
+    as_it_was, compiler.compile = compiler.compile, lambda: lambda function: function
+    with suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon
+    compiler.compile = as_it_was
     # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

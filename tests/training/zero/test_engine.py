@@ -1,6 +1,7 @@
 """The engine on two real ranks, at every sharding, beside plain torch on one."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -95,3 +96,16 @@ def test_two_ranks_train_as_plain_torch_does_skip_what_is_not_finite_and_compute
             assert skipped == (False, 2, told[-1]), sharding
             assert steps == 3
             assert of_zeros == pytest.approx(math.log(VOCAB)), sharding
+
+
+def compiler_after(rank):
+    from pretrain.training.zero.engine import Engine
+
+    for sharding in SHARDINGS:
+        config = config_of(sharding)
+        Engine(model_of(config), config, 1, torch.device("cpu"))
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def test_an_engine_that_compiles_nothing_does_not_wait_for_torchs_compiler(tmp_path):
+    assert run_on_ranks(compiler_after, 1, tmp_path / "ranks") == [False]
