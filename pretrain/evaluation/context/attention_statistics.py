@@ -19,13 +19,10 @@ from pretrain.model.kernels import TRIANGLES, Kind, split_heads
 QUERIES = 64
 """Sampled in each row, evenly."""
 
-
 _BESIDE = 16
 """A query nearer to an edge than this says nothing about a sink there."""
 
-
 FIELDS = ("entropy", "uniform_entropy", "largest_logit", "first_tokens", "last_tokens")
-
 
 LARGEST_LOGIT = FIELDS.index("largest_logit")
 

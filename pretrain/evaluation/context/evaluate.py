@@ -26,7 +26,6 @@ from pretrain.run.folder import RunFolder
 RunOnRanks = Callable[[EvaluationPlan, Path, int], None]
 """Have the missing parts of a plan computed by so many ranks; raises if that failed."""
 
-
 STAGES: dict[PartKind, str] = {"scores": "losses", "task": "tasks", "attention": "attention", "pseudo": "single masks"}
 
 

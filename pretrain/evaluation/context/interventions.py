@@ -26,12 +26,9 @@ INTERVENTIONS: tuple[Intervention, ...] = (
     "windowed",
 )
 
-
 ABLATIONS: tuple[Intervention, ...] = ("without_past", "without_future")
 
-
 _SCALINGS = ("interpolation", "ntk", "dynamic_ntk", "yarn")
-
 
 FACTORED = frozenset({"interpolation", "ntk", "yarn"})
 """Set for one longest length: at the training length they change the encoder too, by the same factor."""

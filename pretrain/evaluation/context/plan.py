@@ -20,23 +20,17 @@ from pretrain.run.folder import RunFolder
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
-
 PartKind = Literal["scores", "task", "attention", "pseudo"]
-
 
 Task = Literal["passkey", "multikey", "copy"]
 
-
 TASKS: tuple[Task, ...] = ("passkey", "multikey", "copy")
-
 
 TOKENS_PER_PART = 65_536
 """A part is no longer than this, so that ranks share the work evenly and little is lost when one is interrupted."""
 
-
 ABLATED_TASKS_UP_TO = 2
 """Multiples at which tasks are repeated with a triangle off."""
-
 
 PSEUDO_UP_TO = 4
 """Multiples beyond this have no pseudo-perplexity: it costs a whole row for each target."""

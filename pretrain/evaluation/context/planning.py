@@ -27,17 +27,13 @@ from pretrain.run.folder import RunFolder
 MIN_DOCUMENTS = 4
 """Fewer documents than this say nothing about a length."""
 
-
 PLAN_FILE = "plan.json"
-
 
 FULL = {"windows": 4, "reading_windows": 8, "task_samples": 8, "attention_windows": 4, "pseudo_targets": 8}
 """How many times the configured numbers `--full` takes."""
 
-
 _BUDGET_USED = 0.8
 """Share of a time limit that is planned with."""
-
 
 _TIMED_POSITIONS = 8192
 

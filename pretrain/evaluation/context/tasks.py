@@ -24,23 +24,17 @@ from pretrain.evaluation.context.windows import TokenIds
 SPAN = 8
 """Tokens of each half of a pair."""
 
-
 KEY = 4
 """Tokens of the key among them; the rest is its marker."""
 
-
 DEPTHS = (0.0, 0.5, 1.0)
-
 
 SIDES: tuple[Literal["past", "future"], ...] = ("past", "future")
 
-
 CANDIDATES = 10
-
 
 DISTRACTORS = 3
 """Other pairs in `multikey`."""
-
 
 _TASK_NUMBER = {"passkey": 0, "multikey": 1, "copy": 2}
 """Part of a key after the namespace."""

@@ -29,17 +29,13 @@ from pretrain.model.layout import AttentionLayout
 
 Positions = Literal["rotary", "learned", "none"]
 
-
 LENGTH = 64
 """Values in a sequence, and indices to choose from."""
-
 
 VALUES = 64
 """Values there are: 0 to 63."""
 
-
 CHANCE = 1 / LENGTH
-
 
 _BEGIN, _END = VALUES, VALUES + 1
 """Symbols before and after the values; the answer is read at the latter."""

@@ -49,7 +49,6 @@ class ProbeResult(Protocol):
 
 CellT = TypeVar("CellT", bound=ProbeCell)
 
-
 ResultT = TypeVar("ResultT", bound=ProbeResult)
 
 

@@ -29,16 +29,12 @@ from pretrain.model.layout import AttentionLayout
 Pattern = Literal["local_global", "rotary", "none"]
 """A local rotary layer and a global one without positions; rotary positions in every layer; no positions at all."""
 
-
 COMPARED: tuple[Intervention, ...] = ("plain", "log_length")
-
 
 _SPECIAL = len(SPECIAL_PIECES)
 
-
 _MEASURED = 2**32
 """Added to a cell's seed for the rows that are measured."""
-
 
 _ROWS_AT_ONCE = 32_768
 """Tokens that are measured in one forward pass."""

@@ -28,20 +28,16 @@ from pretrain.model.kernels import Kind
 
 PATTERNS: dict[Pattern, str] = {"local_global": "local-global", "rotary": "rotary", "none": "no positions"}
 
-
 Measure = Literal["keys", "tokens", "tokens_among_candidates"]
 """What is counted; see `Found`."""
 
-
 MEASURES: tuple[Measure, ...] = ("keys", "tokens", "tokens_among_candidates")
-
 
 MEASURE_TITLES: dict[Measure, str] = {
     "keys": "Rows in which the whole key was found, in percent:",
     "tokens": "Tokens of the keys that were right, in percent:",
     "tokens_among_candidates": "Tokens of the keys that were right among the candidates, in percent:",
 }
-
 
 PASSKEY_CHANCE: dict[Measure, float] = {
     "keys": CANDIDATES**-KEY,

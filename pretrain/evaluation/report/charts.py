@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 CURVE_COLOURS = ("#5b3df5", "#d9480f", "#0b7285", "#c2255c", "#2b8a3e", "#8f6b00", "#495057", "#1971c2", "#862e9c")
 
-
 MUTED = "#868e96"
 
 

@@ -12,7 +12,6 @@ from pretrain.errors import UserError
 
 FORMAT: Literal[2] = 2
 
-
 Interval = tuple[float, float]
 """95 %, by bootstrap over documents."""
 

@@ -8,7 +8,6 @@ from pretrain.evaluation.report.charts import HeatMap, Line, LineChart
 
 NATS = "nats per masked token"
 
-
 TableCell = str | tuple[str, str]
 """Text, or text and whether it is `good` or `bad` news, which is said only where it is sure."""
 

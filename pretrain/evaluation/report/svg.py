@@ -11,12 +11,9 @@ from pretrain.evaluation.report.charts import HeatMap, Line, LineChart, short_nu
 
 _WIDTH, _HEIGHT = 480, 300
 
-
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
 
-
 _INK, _SOFT = "#1b1f2a", "#5c6475"
-
 
 _Place = Callable[[float], float]
 

@@ -16,7 +16,6 @@ Intervention = Literal[
 ]
 """A way to read rows that touches no weight, or an encoder with one triangle off; `plain` is the encoder as trained."""
 
-
 INTERVENTION_TITLES: dict[str, str] = {
     "plain": "as trained",
     "interpolation": "position interpolation",
@@ -29,7 +28,6 @@ INTERVENTION_TITLES: dict[str, str] = {
     "without_past": "without the past triangle",
     "without_future": "without the future triangle",
 }
-
 
 INTERVENTION_MEANINGS: dict[str, str] = {
     "interpolation": "positions divided by the factor (arXiv 2306.15595)",

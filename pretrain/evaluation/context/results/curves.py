@@ -6,24 +6,16 @@ from typing import Literal
 
 import numpy as np
 
+from pretrain.data.arrays import Flags, Floats
 from pretrain.evaluation.context.interventions import FACTORED
 from pretrain.evaluation.context.results.evaluation import Evaluation, Scores
-from pretrain.evaluation.context.results.statistics import (
-    Bools,
-    DocumentBootstrap,
-    Floats,
-    MeanEstimate,
-    doubling_bins,
-    even_bins,
-)
+from pretrain.evaluation.context.results.statistics import DocumentBootstrap, MeanEstimate, doubling_bins, even_bins
 from pretrain.evaluation.report.schema import Bin, ContextNeed, InterventionResult, LengthResult, LossProfile
 from pretrain.evaluation.report.titles import Intervention
 
 Quantity = Literal["position", "edge_distance", "document_length"]
 
-
 _POSITION_BINS = 8
-
 
 MIN_BIN_TARGETS = 20
 """Bins of fewer targets are left out."""
@@ -41,7 +33,7 @@ def length_results(evaluation: Evaluation) -> list[LengthResult]:
 
 
 def _length_result(
-    evaluation: Evaluation, multiple: float, before: Scores | None, needing: Bools | None
+    evaluation: Evaluation, multiple: float, before: Scores | None, needing: Flags | None
 ) -> LengthResult:
     """Compare with the training length, and with `before`, the scores at the length before."""
     mean, threshold = evaluation.bootstrap.mean, evaluation.plan.context_threshold
@@ -70,7 +62,7 @@ def _length_result(
     )
 
 
-def needing_targets(evaluation: Evaluation) -> Bools | None:
+def needing_targets(evaluation: Evaluation) -> Flags | None:
     """bool [targets]: whether the loss falls by more than the threshold from the shortest length to 1x.
 
     None if 1x is the shortest, or if no target's loss does.

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.arrays import Flags, Floats
 from pretrain.errors import UserError
 from pretrain.evaluation.context.interventions import FACTORED
 from pretrain.evaluation.context.plan import Part, PartKind
-from pretrain.evaluation.context.results.statistics import Bools, DocumentBootstrap, Floats
+from pretrain.evaluation.context.results.statistics import DocumentBootstrap
 from pretrain.evaluation.context.session import Session
 from pretrain.evaluation.context.windows import WindowRows, make_rows
 from pretrain.evaluation.context.work import Arrays, load_part
@@ -27,7 +28,7 @@ class Scores:
     """What an encoder scored at every target of some windows, in the order of the windows."""
 
     losses: Floats
-    correct: Bools
+    correct: Flags
 
 
 class Evaluation:
@@ -110,6 +111,6 @@ class Evaluation:
         """Means over all targets."""
         return DocumentBootstrap(self.documents, self.plan.seed)
 
-    def first_targets(self, windows: int) -> Bools:
+    def first_targets(self, windows: int) -> Flags:
         """bool [targets]: whether a target is of the first windows."""
         return self.window_of_target < windows

@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from pretrain.data.arrays import Flags
 from pretrain.evaluation.context.attention_statistics import FIELDS
 from pretrain.evaluation.context.plan import Part
 from pretrain.evaluation.context.results.evaluation import Evaluation
-from pretrain.evaluation.context.results.statistics import Bools, DocumentBootstrap, wilson
+from pretrain.evaluation.context.results.statistics import DocumentBootstrap, wilson
 from pretrain.evaluation.context.tasks import DEPTHS, SIDES, draw_rows
 from pretrain.evaluation.context.windows import middle_targets
 from pretrain.evaluation.report.schema import AttentionResult, PseudoResult, SpeedResult, TaskCell, TaskResult
@@ -17,7 +18,7 @@ def task_results(evaluation: Evaluation) -> list[TaskResult]:
     return [_task_result(evaluation, part, arrays["correct"]) for part, arrays in evaluation.of_kind("task")]
 
 
-def _task_result(evaluation: Evaluation, part: Part, correct: Bools) -> TaskResult:
+def _task_result(evaluation: Evaluation, part: Part, correct: Flags) -> TaskResult:
     plan, vocabulary = evaluation.plan, evaluation.session.vocabulary
     assert part.task is not None
     length = plan.length(part.multiple)

@@ -11,15 +11,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-
-
-Bools = npt.NDArray[np.bool_]
-
+from pretrain.data.arrays import Flags, Floats
 
 _BOOTSTRAP = 9
 """First part of the key of this file's random numbers."""
-
 
 RESAMPLINGS = 1000
 
@@ -42,7 +37,7 @@ class DocumentBootstrap:
         generator = np.random.default_rng([seed, _BOOTSTRAP])
         self._draws = generator.integers(len(names), size=(RESAMPLINGS, len(names)))
 
-    def mean(self, values: npt.ArrayLike, chosen: Bools | None = None) -> MeanEstimate:
+    def mean(self, values: npt.ArrayLike, chosen: Flags | None = None) -> MeanEstimate:
         """Mean of the targets' values, or of the chosen ones; NaN if none is chosen."""
         weights = np.ones(len(self._owner)) if chosen is None else chosen.astype(np.float64)
         numbers = np.asarray(values, dtype=np.float64)

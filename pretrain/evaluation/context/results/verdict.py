@@ -8,10 +8,8 @@ from pretrain.evaluation.report.schema import LengthResult
 HELD_WITHIN = 0.01
 """A loss is held if it is no more than this share above that at the training length."""
 
-
 LITTLE_LEARNED = 0.95
 """A loss at 1x above this share of that of token frequencies alone is cautioned against."""
-
 
 FEW_DOCUMENTS = 20
 """Fewer than these are cautioned against: the spread between them is hardly known, and resampling cannot add to it."""
