@@ -17,8 +17,8 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     """Make the run folder with its config, or check that the one there holds this run.
 
     Where the config is another than that of the run, it is the next start's, and becomes the run's with the first step
-    that is trained under it. A run that is trained to its end keeps its own; only where its corpus lies and how it is
-    evaluated is as given.
+    that is trained under it. A run that is trained to its end keeps its own; only where it and its corpus lie, and how
+    it is evaluated, is as given.
 
     Returns:
         Lines for the user: what is resumed, what has changed since.
@@ -45,7 +45,8 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
         run.write_config(config)
     elif done and state is not None:
         is_same = state.fingerprint == manifest.fingerprint
-        given = {"evaluation": config.evaluation} | ({"corpus": config.corpus} if is_same else {})
+        given = {"runs": config.runs, "name": config.name, "evaluation": config.evaluation}
+        given |= {"corpus": config.corpus} if is_same else {}
         run.write_config(run.public_config().model_copy(update=given))
     elif changes(run.public_config(), public(config)):
         write_text(run.pending_config, to_yaml(public(config)))

@@ -39,12 +39,14 @@ def test_a_forgotten_override_on_a_finished_run_changes_nothing(finished, manife
     assert rate(run.next_config()) == rate(finished)
 
 
-def test_where_the_corpus_lies_and_how_it_is_evaluated_may_change_after_the_training(finished, manifest):
+def test_where_run_and_corpus_lie_and_how_it_is_evaluated_may_change_after_the_training(finished, manifest):
     corpus = finished.corpus.model_copy(update={"path": finished.corpus.path.with_name("moved")})
     evaluation = finished.evaluation.model_copy(update={"windows": 7})
-    open_run_folder(with_rate(finished).model_copy(update={"corpus": corpus, "evaluation": evaluation}), manifest)
-    config = RunFolder.of(finished).config()
-    assert (config.corpus, config.evaluation, rate(config)) == (corpus, evaluation, rate(finished))
+    runs = finished.runs.rename(finished.runs.with_name("moved runs"))
+    given = {"runs": runs, "corpus": corpus, "evaluation": evaluation}
+    open_run_folder(with_rate(finished).model_copy(update=given), manifest)
+    config = RunFolder(runs / finished.name).config()
+    assert config == finished.model_copy(update=given)
 
 
 def test_a_changed_config_is_that_of_the_attempt_and_of_the_run_only_after_a_step(make_config, manifest):
