@@ -118,7 +118,7 @@ def test_a_start_with_nothing_to_train_leaves_the_record_and_one_that_trains_wri
     run = RunFolder.of(finished)
     run.environment_file.write_text('{"world_size": 4}')
     files, status = files_of(run), run.status()
-    longer = with_rate(finished, tokens=4_000)
+    longer = with_rate(finished, tokens=status.tokens + 1)
     open_run_folder(longer, manifest)
     ((nothing, something),) = run_on_ranks(train_each, 1, tmp_path / "ranks", [with_rate(finished), longer])
     assert nothing[0] == files
