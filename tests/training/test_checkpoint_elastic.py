@@ -19,7 +19,7 @@ from tests.conftest import tiny_run
 from tests.ranks import run_on_ranks, trainer_of
 
 STAGES = ("none", "optimizer", "gradients", "full")
-SAVED, LATER = 10, 20
+SAVED, LATER = 5, 8
 """The step of the checkpoint, and how many steps are compared after it."""
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
 """Nats between losses that ranks and stages sum in another order."""
@@ -35,9 +35,9 @@ class NoStop:
 def make_run(corpus_values, folder: Path, name: str, sharding: str, precision: str):
     """A run through two phases, one of which begins before the checkpoint and one after it."""
     sections = {
-        "training": {"sharding": sharding, "precision": precision, "tokens": 15_500, "micro_batch_size": 4},
+        "training": {"sharding": sharding, "precision": precision, "tokens": 6_500, "micro_batch_size": 4},
         "checkpoint": {"every": SAVED, "keep_last": 9, "async": sharding != "full"},
-        "phases": [{"from_tokens": 2_500, "rotary_theta": 500.0}, {"from_tokens": 7_000, "mask_rate": 0.3}],
+        "phases": [{"from_tokens": 1_200, "rotary_theta": 500.0}, {"from_tokens": 4_000, "mask_rate": 0.3}],
         "schedule": {"warmup": 0.3, "decay": 0.5},
     }
     config = tiny_run(corpus_values, folder / "runs", name, **{k: v for k, v in sections.items() if k != "phases"})

@@ -72,7 +72,7 @@ def test_a_run_stopped_and_resumed_twice_continues_bit_for_bit_at_every_stage(
 ):
     pairs = []
     for stage in STAGES:
-        training = {"sharding": stage, "precision": precision}
+        training = {"sharding": stage, "precision": precision, "tokens": 8_000}
         pair = [make_config(f"{stage}-{kind}", training=training) for kind in ("whole", "broken")]
         for config in pair:
             open_run_folder(config, manifest)
@@ -81,7 +81,7 @@ def test_a_run_stopped_and_resumed_twice_continues_bit_for_bit_at_every_stage(
     assert codes == [[[0, 75, 75, 0]] * 4] * 2
     for whole, broken in pairs:
         assert curve(whole) == curve(broken)
-        assert len(curve(whole)) >= 25
+        assert len(curve(whole)) >= 16
         last = [list_checkpoints(config.run_folder / "checkpoints")[-1] for config in (whole, broken)]
         weights = [load_weights(path) for path in last]
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
