@@ -8,7 +8,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from pretrain.batch import Batch
-from pretrain.model.attention import allowed_pairs
+from pretrain.model.kernels import allowed_pairs
 from pretrain.model.layout import AttentionLayout
 
 COLOURS = ["#f4f4f2", "#d97706", "#2563eb", "#7c3aed"]

@@ -1,4 +1,4 @@
-"""What crosses from data to model: the batch. Nothing else does."""
+"""Batch: what crosses from data to model. Nothing else does."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ class Batch:
     """Rows of tokens; every field is int64 [B, L]."""
 
     input_ids: Tensor
-    """After masking."""
+    """Token ids, after masking."""
     labels: Tensor
     """The id to predict at masked positions, IGNORED elsewhere."""
     document_ids: Tensor
@@ -27,24 +27,24 @@ class Batch:
         return len(self.input_ids)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`, copied without waiting where the source is pinned."""
+        """Return the same batch on `device`, copied without waiting where the source is pinned."""
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from where copies to a GPU need not be waited for."""
+        """Return the same batch in page-locked memory, from where copies to a GPU need not be waited for."""
         return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
     def split(self, rows: int) -> Iterator["Batch"]:
-        """Consecutive batches of at most `rows` rows."""
+        """Yield consecutive batches of at most `rows` rows."""
         for start in range(0, len(self), rows):
             yield Batch(*(getattr(self, field.name)[start : start + rows] for field in fields(self)))
 
     @property
     def num_masked(self) -> int:
-        """Positions to predict."""
+        """Number of positions to predict."""
         return int((self.labels != IGNORED).sum())
 
     @property
     def num_tokens(self) -> int:
-        """Positions that are not padding."""
+        """Number of positions that are not padding."""
         return int((self.document_ids != 0).sum())

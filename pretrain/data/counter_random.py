@@ -11,10 +11,8 @@ from enum import IntEnum
 from itertools import takewhile
 
 import numpy as np
-import numpy.typing as npt
 
-UInt64 = npt.NDArray[np.uint64]
-
+from pretrain.data.arrays import AnyInts, Float64, Ints, UInt64
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -23,10 +21,10 @@ _ALL = 2**64 - 1
 
 
 class Namespace(IntEnum):
-    """Part of a key after the seed, so that random choices of different kinds are independent.
+    """Number in a key after the seed, so that random choices of different kinds are independent.
 
     No number may change: rows, masks and targets of every run depend on them. The two that are 10 cannot meet, for
-    their keys are of different lengths: each value of `SOURCE_REPEATS` mixes a part more into the state that
+    their keys are of different lengths: each value of `SOURCE_REPEATS` mixes a number more into the state that
     `TASK_CANDIDATES` would take as it is.
     """
 
@@ -35,7 +33,7 @@ class Namespace(IntEnum):
     ROW_PLAN = 2
     """seed, this, visit, phase, `PlanChoice`, place: which pieces stand together, and in which order."""
     TRAIN_MASKS = 3
-    """seed, this, row: the key of a row's mask; its parts come after it (`masking.mask_in_place`)."""
+    """seed, this, row: the key of a row's mask, which `masking.mask_in_place` makes longer."""
     VALID_MASKS = 4
     """seed, this, row: the same for rows of a run's validation."""
     CONTEXT_BLOCKS = 6
@@ -53,11 +51,11 @@ class Namespace(IntEnum):
     TASK_PAIR = 12
     """seed, this, task, length, row, half, place: the tokens of a pair."""
     TASK_DISTRACTORS = 13
-    """seed, this, length, row, place: where other pairs stand; with more parts, their tokens."""
+    """seed, this, length, row, place: where other pairs stand; with more numbers, their tokens."""
 
 
 class PlanChoice(IntEnum):
-    """Part of a `Namespace.ROW_PLAN` key after the phase."""
+    """Number in a `Namespace.ROW_PLAN` key after the phase."""
 
     ROW_ORDER = 0
     """Order of the rows of a visit."""
@@ -70,7 +68,7 @@ class PlanChoice(IntEnum):
 
 
 def _finalize(z: UInt64) -> None:
-    """In place: `z` is only this module's, and large."""
+    """Mix every element, in place: `z` is only this module's, and large."""
     shifted = z >> np.uint64(30)
     z ^= shifted
     z *= np.uint64(0xBF58476D1CE4E5B9)
@@ -81,44 +79,44 @@ def _finalize(z: UInt64) -> None:
     z ^= shifted
 
 
-def bits(*key: int | npt.NDArray[np.integer]) -> UInt64:
-    """Uniform uint64 for each element of the broadcast `key`."""
-    state, numbers = 0, [int(part) for part in takewhile(lambda part: isinstance(part, int), key)]
+def bits(*key: int | AnyInts) -> UInt64:
+    """Return a uniform uint64 for each element of the broadcast `key`."""
+    state, numbers = 0, [int(number) for number in takewhile(lambda number: isinstance(number, int), key)]
     for number in numbers:
         state = _mixed(state ^ (number & _ALL))
     return more_bits(np.array([state], dtype=np.uint64), *key[len(numbers) :])
 
 
 def _mixed(value: int) -> int:
-    """What `more_bits` makes of one number; for one, Python is faster than numpy."""
+    """Return what `more_bits` makes of one number; for one, Python is faster than numpy."""
     z = value + _GOLDEN & _ALL
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _ALL
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _ALL
     return z ^ z >> 31
 
 
-def more_bits(value: UInt64, *key: int | npt.NDArray[np.integer]) -> UInt64:
-    """The bits of a longer key, of those of its beginning: what many keys begin with is mixed once."""
+def more_bits(value: UInt64, *key: int | AnyInts) -> UInt64:
+    """Return the bits of a longer key from those of its beginning: what many keys begin with is mixed once."""
     with np.errstate(over="ignore"):
-        for part in key:
-            value = value ^ np.asarray(part).astype(np.uint64)
+        for number in key:
+            value = value ^ np.asarray(number).astype(np.uint64)
             value += np.uint64(_GOLDEN)
             _finalize(value)
     return value
 
 
-def uniform(*key: int | npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Uniform float64 in [0, 1) for each element of the broadcast `key`."""
+def uniform(*key: int | AnyInts) -> Float64:
+    """Return a uniform float64 in [0, 1) for each element of the broadcast `key`."""
     return (bits(*key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permutation(n: int, *key: int) -> npt.NDArray[np.int64]:
-    """A permutation of 0..n-1, int64 [n]."""
+def permutation(n: int, *key: int) -> Ints:
+    """Return a permutation of 0..n-1, int64 [n]."""
     return order_within(np.zeros(n, dtype=np.int64), *key)
 
 
-def order_within(groups: npt.NDArray[np.integer], *key: int) -> npt.NDArray[np.int64]:
-    """The places 0..n-1, by rising `groups` (at least 0), those of one group in a random order; int64 [n].
+def order_within(groups: AnyInts, *key: int) -> Ints:
+    """Return the places 0..n-1, by rising `groups` (at least 0), those of one group in a random order; int64 [n].
 
     Group, random bits and place are sorted as one number each: that is several times faster than sorting places by
     keys, and no two are equal, so that every way to sort gives the same.

@@ -50,9 +50,9 @@ class CorpusDescription:
     manifest: Manifest
     """Sources, splits, length histograms, vocabulary size and fingerprint."""
     characters_per_token: float
-    """Over all splits."""
+    """Mean over all splits."""
     unigram_entropy: float
-    """Of the training split's token frequencies, in nats: the loss of a model that knows nothing but these."""
+    """Entropy of the training split's token frequencies, in nats: the loss of a model that knows nothing else."""
     examples: list[str]
     """How a few training documents begin, decoded."""
 

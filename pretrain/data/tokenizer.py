@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import sentencepiece as spm
 
 from pretrain.config.data import TokenizerConfig
+from pretrain.data.arrays import AnyInts
 from pretrain.errors import UserError
 from pretrain.files import atomic_path
 
@@ -22,7 +22,7 @@ PAD, UNK, BOS, EOS, MASK = range(5)
 
 
 SPECIAL_PIECES = ("<pad>", "<unk>", "<s>", "</s>", "[MASK]")
-"""At the ids PAD, UNK, BOS, EOS, MASK."""
+"""Pieces with the ids PAD, UNK, BOS, EOS, MASK."""
 
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWYBZXUO"
@@ -48,14 +48,14 @@ _SPACE = "\u2581"
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:
-    """Name of the smallest unsigned type that holds every id."""
+    """Return the name of the smallest unsigned type that holds every id."""
     if vocab_size <= 2**8:
         return "uint8"
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def training_characters(config: TokenizerConfig) -> int:
-    """How much text `train_tokenizer` should be given: `sample_characters`, but no more than can help."""
+    """Return how much text `train_tokenizer` should be given: `sample_characters`, but no more than can help."""
     return min(config.sample_characters, max(1_000_000, _CHARACTERS_PER_PIECE * config.vocab_size))
 
 
@@ -106,7 +106,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Pieces short enough for the trainer, which drops longer sentences; cut before white space where there is any."""
+    """Cut a text into pieces short enough for the trainer, which drops longer ones; before white space if possible."""
     start = 0
     while start < len(text):
         stop = start + _CHUNK_CHARACTERS
@@ -175,13 +175,13 @@ class Tokenizer:
             )
 
     def _bytes_of_space(self) -> list[int] | None:
-        """How to spell U+2581 by its bytes; None if the model has no byte pieces or begins every text with a space."""
+        """Return the ids of U+2581 as bytes; None if the model has no byte pieces or begins every text with a space."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         begins_with_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
         return None if begins_with_space or not all(map(self._processor.is_byte, ids)) else ids
 
-    def encode(self, text: str) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """Ids [tokens] of `token_dtype`, without begin or end symbols. Special symbols are never among them, save UNK.
+    def encode(self, text: str) -> AnyInts:
+        """Return ids [tokens] of `token_dtype`, without begin or end symbols; of special symbols, only UNK occurs.
 
         With byte fallback and identity normalisation `decode` gives the text back exactly.
         """
@@ -189,14 +189,14 @@ class Tokenizer:
             return np.array(self._processor.encode(text), dtype=self.token_dtype)
         first, *rest = text.split(_SPACE)
         ids = self._processor.encode(first)
-        for part in rest:
-            ids += self._space_bytes + self._processor.encode(part)
+        for words in rest:
+            ids += self._space_bytes + self._processor.encode(words)
         return np.array(ids, dtype=self.token_dtype)
 
-    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
-        """Text of the ids; control symbols have none."""
+    def decode(self, ids: Sequence[int] | AnyInts) -> str:
+        """Return the text of the ids; control symbols have none."""
         return self._processor.decode([int(i) for i in ids])
 
     def piece(self, token: int) -> str:
-        """How the vocabulary writes an id: its text with spaces as U+2581, `<0x0A>` for a byte, `[MASK]`."""
+        """Return how the vocabulary writes an id: its text with spaces as U+2581, `<0x0A>` for a byte, `[MASK]`."""
         return self._processor.id_to_piece(token)

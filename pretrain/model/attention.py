@@ -18,11 +18,8 @@ from torch import Tensor
 
 from pretrain.model import kernels
 from pretrain.model.flex import flex
-from pretrain.model.kernels import TRIANGLES, Kind, allowed_pairs, reverse
+from pretrain.model.kernels import TRIANGLES, Kind
 from pretrain.model.layout import AttentionLayout
-
-__all__ = ["Kernel", "Kind", "allowed_pairs", "attention", "choose_kernel", "reverse"]
-
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +76,7 @@ def attention(
 def _whole_rows(
     q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, kernel: Kernel, window: int | None
 ) -> Tensor:
-    """`attention` of q, k and v over whole rows, whoever they are shared with."""
+    """Attend for q, k and v over whole rows, whoever they are shared with."""
     _check(q, k, v, layout, kind, window)
     if window is not None and window >= q.shape[1]:
         window = None
@@ -115,7 +112,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind,
 def choose_kernel(
     device: torch.device, dtype: torch.dtype, width: int, layout: AttentionLayout, window: int | None
 ) -> Kernel:
-    """What `auto` means for (sub-)heads of `width`; says so once, by the log.
+    """Return what `auto` means for (sub-)heads of `width`; the log tells it once.
 
     It never chooses `flex` or `dense`: `sdpa` does everything without a score matrix, forward and backward.
     """

@@ -30,13 +30,13 @@ RotaryTable = tuple[Tensor, Tensor]
 
 
 class SelfAttention(nn.Module):
-    """The projections around `attention`; dual-triangle needs no parameter more than the other kinds."""
+    """Projections around `attention`; dual-triangle needs no parameter more than the other kinds."""
 
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.config, self.window = config, window
         self.query_scale = 1.0
-        """Multiplies the queries, and so every score; the evaluation sets it for rows longer than trained on."""
+        """Factor of the queries, and so of every score; the evaluation sets it for rows longer than trained on."""
         self.qkv = nn.Linear(config.hidden_size, 3 * config.attention_size, bias=False)
         self.output = nn.Linear(config.attention_size, config.hidden_size, bias=False)
         # One norm for all (sub-)heads: the triangles stay exchangeable.
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.sub_head_size, eps=config.norm_eps) if config.qk_norm else None
 
     def project(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, h] -> q, k, v [B, L, n, d], normalised and rotated."""
+        """Project [B, L, h] -> q, k, v [B, L, n, d], normalised and rotated."""
         config = self.config
         q, k, v = self.qkv(x).unflatten(-1, (3, config.num_heads, config.head_size)).unbind(-3)
         if self.q_norm is not None and self.k_norm is not None:
@@ -72,7 +72,7 @@ class GatedFeedForward(nn.Module):
         self.activation = F.silu if config.glu == "swiglu" else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, h] -> [B, L, h]."""
+        """Map [B, L, h] -> [B, L, h]."""
         gate, up = self.gate_and_up(x).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)
 
@@ -103,7 +103,7 @@ class Block(nn.Module):
         kernel: Kernel,
         skips: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """[B, L, h] -> [B, L, h]; `skips` are the tensors besides x that `mix` weighs."""
+        """Map [B, L, h] -> [B, L, h]; `skips` are the tensors besides x that `mix` weighs."""
         x, q, k, v = self.before_attention(x, rotary, skips)
         config = self.attention.config
         return self.after_attention(x, attention(q, k, v, layout, config.attention, kernel, self.attention.window))
@@ -111,7 +111,7 @@ class Block(nn.Module):
     def before_attention(
         self, x: Tensor, rotary: RotaryTable | None, skips: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x as mixed, and q, k, v. What lies before and after attention is compiled, attention itself is not."""
+        """Return x as mixed, and q, k, v. What lies before and after attention is compiled, attention itself is not."""
         if self.mix is not None:
             x = self.mix[0] * x
             for number, source in enumerate(skips, start=1):
@@ -119,13 +119,13 @@ class Block(nn.Module):
         return x, *self.attention.project(self.attention_norm(x), rotary)
 
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The rest of the block, from what attention made, [B, L, n, d]."""
+        """Finish the block from what attention made, [B, L, n, d]."""
         x = x + self.dropout(self.attention.output(mixed.flatten(-2)))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class Encoder(nn.Module):
-    """Token ids -> hidden states.
+    """Stack of blocks: token ids -> hidden states.
 
     These may be set at any time, and touch no weight:
         rotary_scaling: how to read rows longer than those trained on. It reaches the layers that see that far: global
@@ -152,12 +152,12 @@ class Encoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def set_tokens_seen(self, tokens_seen: int) -> None:
-        """Drop the positions if the config says so after this many tokens: a pure function of their number."""
+        """Drop the positions if the config says so after this many tokens, which nothing else decides."""
         after = self.config.drop_positions_after
         self.positions_dropped = after is not None and tokens_seen >= after
 
     def forward(self, input_ids: Tensor, layout: AttentionLayout, at: Tensor | None = None) -> Tensor:
-        """int64 [B, L] -> [B, L, h]; L/S positions each where the layout says that S ranks share the rows.
+        """Encode int64 [B, L] -> [B, L, h]; L/S positions each where the layout says that S ranks share the rows.
 
         With `at`, bool [B, L], only the M positions where it is true -> [M, h], in row-major order.
 
@@ -187,7 +187,7 @@ class Encoder(nn.Module):
         return self.norm(x if at is None else x[at])
 
     def _kernel(self, x: Tensor, layout: AttentionLayout, layer: LayerConfig) -> Kernel:
-        """The config's kernel; what `auto` means is decided here, outside of what is compiled."""
+        """Return the config's kernel; what `auto` means is decided here, outside of what is compiled."""
         if self.config.kernel != "auto":
             return self.config.kernel
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         return choose_kernel(x.device, dtype, self.config.sub_head_size, layout, layer.window)
 
     def _rotary_tables(self, layout: AttentionLayout) -> dict[LayerConfig, RotaryTable | None]:
-        """By layer; layers with the same frequencies share a table."""
+        """Return the table of each layer; layers with the same frequencies share one."""
         tables: dict[LayerConfig, RotaryTable | None] = {}
         for layer in dict.fromkeys(self.layers):
             if layer.rotary_theta is None or self.positions_dropped:
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """Encoder and output matrix; logits are computed at masked positions only."""
+    """Encoder with an output matrix; logits are computed at masked positions only."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class MaskedLanguageModel(nn.Module):
         self._initialize(config, whole)
 
     def _initialize(self, config: ModelConfig, whole: Callable[[nn.Parameter], AbstractContextManager[object]]) -> None:
-        """Normal weights; the projections back into the residual stream smaller, as in GPT-2 (Radford et al. 2019)."""
+        """Draw normal weights; projections back into the residual stream smaller, as in GPT-2 (Radford et al. 2019)."""
         for name, parameter in self.named_parameters():
             into_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
             scale = (2 * config.num_layers) ** -0.5 if into_residual and config.depth_scaled_init else 1.0

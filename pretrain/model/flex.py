@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from pretrain.model.kernels import TRIANGLES, Kind, reverse, split_heads
 from pretrain.model.layout import AttentionLayout
 
-_BLOCK = 128
+_FLEX_BLOCK = 128
 
 
 @lru_cache(maxsize=1)
@@ -23,7 +23,7 @@ def _compiled() -> Any:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
-    """Attention by flex_attention: compiled on CUDA; on CPU uncompiled and forward only.
+    """Attend by flex_attention: compiled on CUDA; on CPU uncompiled and forward only.
 
     Raises:
         ValueError: on CPU, if an input requires grad: flex_attention has no backward pass there.
@@ -45,7 +45,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, w
 
 
 def block_mask(layout: AttentionLayout, causal: bool, window: int | None) -> BlockMask:
-    """Position i attends to j of its document, up to itself if `causal`, nearer than `window` if there is one.
+    """Let position i attend to j of its document, up to itself if `causal`, nearer than `window` if there is one.
 
     Padding counts as a document, so that no position attends to nothing.
     """
@@ -64,9 +64,9 @@ def block_mask(layout: AttentionLayout, causal: bool, window: int | None) -> Blo
 
     # A block of queries [low, high] sees keys from `low`'s earliest to `high`'s latest; a block of keys is full, and
     # needs no mask, if the latest query still sees its first key and the earliest query its last.
-    num_blocks = -(-length // _BLOCK)
-    low = torch.arange(num_blocks, device=layout.device) * _BLOCK
-    high = (low + _BLOCK - 1).clamp(max=length - 1)
+    num_blocks = -(-length // _FLEX_BLOCK)
+    low = torch.arange(num_blocks, device=layout.device) * _FLEX_BLOCK
+    high = (low + _FLEX_BLOCK - 1).clamp(max=length - 1)
     back, ahead = reach - 1, 0 if causal else reach - 1
     earliest = torch.maximum(first[:, low], low - back)[:, :, None]
     latest = torch.minimum(last[:, high], high + ahead)[:, :, None]
@@ -74,7 +74,7 @@ def block_mask(layout: AttentionLayout, causal: bool, window: int | None) -> Blo
     from_high = torch.maximum(first[:, high], high - back)[:, :, None]
     to_low = torch.minimum(last[:, low], low + ahead)[:, :, None]
     # A cut block at the end is never full: the kernel would read beyond the row.
-    whole = (low + _BLOCK <= length) & (low + _BLOCK <= length)[:, None]
+    whole = (low + _FLEX_BLOCK <= length) & (low + _FLEX_BLOCK <= length)[:, None]
     full = some & (low >= from_high) & (high <= to_low) & whole
 
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,5 +82,9 @@ def block_mask(layout: AttentionLayout, causal: bool, window: int | None) -> Blo
         return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order[:, None]
 
     return BlockMask.from_kv_blocks(
-        *listed(some & ~full), *listed(full), BLOCK_SIZE=_BLOCK, mask_mod=may_attend, seq_lengths=(length, length)
+        *listed(some & ~full),
+        *listed(full),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=may_attend,
+        seq_lengths=(length, length),
     )

@@ -32,16 +32,16 @@ TRIANGLES: dict[Kind, tuple[Triangle, ...]] = {
 
 
 _SHORT_ROW = 256
-"""On the CPU, rows up to this length are masked rather than re-indexed: below two blocks of keys, causal flash
+"""Positions up to which rows are masked rather than re-indexed on the CPU: below two blocks of keys, causal flash
 attention computes all scores anyway."""
 
 
 _SMALLEST_BLOCK = 64
-"""Windows below this are computed in blocks of this many queries: smaller ones spend their time in calls."""
+"""Queries in a block where the window is smaller: smaller blocks spend their time in calls."""
 
 
 def split_heads(x: Tensor, kind: Kind) -> tuple[Tensor, ...]:
-    """The sub-heads of each triangle: [B, L, H, D] -> one or two [B, L, H, D / number]."""
+    """Split off the sub-heads of each triangle: [B, L, H, D] -> one or two [B, L, H, D / number]."""
     return x.chunk(len(TRIANGLES[kind]), dim=-1)
 
 
@@ -56,7 +56,7 @@ def reverse(x: Tensor, layout: AttentionLayout) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
-    """Attention by scaled_dot_product_attention, on any device.
+    """Attend by scaled_dot_product_attention, on any device.
 
     On the CPU in float32 or wider: torch's flash attention there takes two to four times as long in half precision.
     """
@@ -75,7 +75,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, w
 
 
 def _short_rows(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
-    """On the CPU: a mask instead of moving anything."""
+    """Attend by a mask instead of moving anything; for the CPU."""
     alike, dual = layout.one_document_per_row and not layout.padded, kind == "dual_triangle"
     if alike and not dual and window is None:
         return _call(q, k, v, causal=kind == "causal")
@@ -91,7 +91,7 @@ def _short_rows(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: 
 
 
 def _short_masks(layout: AttentionLayout, kind: Kind, window: int | None, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, 0 or -inf, [triangles, B, 1, L, L]; B is 1 where all rows are one full document.
+    """Return what is added to the scores, 0 or -inf, [triangles, B, 1, L, L]; B is 1 where rows are one full document.
 
     Padding attends to itself, so that no softmax is over nothing.
     """
@@ -104,7 +104,7 @@ def _short_masks(layout: AttentionLayout, kind: Kind, window: int | None, dtype:
 
 
 def _one_document(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Triangle) -> Tensor:
-    """Padding comes last, so under a causal mask no real position sees it."""
+    """Attend in rows of one document; padding comes last, so under a causal mask no real position sees it."""
     if side == "future":
         q, k, v = (reverse(x, layout) for x in (q, k, v))
         return reverse(_call(q, k, v, causal=True), layout)
@@ -119,7 +119,7 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side
 
 
 def _documents(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Triangle) -> Tensor:
-    """Packed rows: documents one by one."""
+    """Attend in packed rows, documents one by one."""
     unpacked, shape = layout.unpacked, q.shape[:2]
     if unpacked.in_place:
         rectangle = (unpacked.buckets[0].documents, unpacked.buckets[0].longest)
@@ -141,13 +141,13 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: T
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """scaled_dot_product_attention of [B, L, H, D]."""
+    """Call scaled_dot_product_attention for [B, L, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Triangle, window: int) -> Tensor:
-    """Blocks of W queries over their own and the neighbouring blocks of keys: O(L W) in time and memory.
+    """Attend in blocks of W queries to their own and the neighbouring blocks of keys: O(L W) in time and memory.
 
     The rows are taken as one sequence [B x L]; what lies in another row or document is masked.
     """
@@ -168,9 +168,9 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, side: Tr
 
 
 def _window_mask(layout: AttentionLayout, side: Triangle, window: int, block: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, 0 or -inf, [blocks, 1, block, keys]; padding attends to itself, so no row is empty.
+    """Return what is added to the scores, 0 or -inf, [blocks, 1, block, keys]; padding attends to itself.
 
-    Not bool: scaled_dot_product_attention would turn it into this in every layer anew.
+    It is not bool: scaled_dot_product_attention would turn it into this in every layer anew.
     """
     before, after = side != "future", side != "past"
     first = layout.first_positions
@@ -194,7 +194,7 @@ def _window_mask(layout: AttentionLayout, side: Triangle, window: int, block: in
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
-    """Flash attention over documents laid end to end, without padding between them. CUDA, bf16 or fp16."""
+    """Attend by flash attention over documents laid end to end, without padding between them. CUDA, bf16 or fp16."""
     from torch.nn.attention.varlen import varlen_attn
 
     if not layout.document_lengths:
@@ -218,7 +218,11 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind,
 
 
 def allowed_pairs(layout: AttentionLayout, kind: Kind, window: int | None = None) -> Tensor:
-    """bool [M, B, 1, L, L]: may query i (fourth axis) attend to key j (last axis)? M = 2 (lower, upper) or 1."""
+    """Say whether query i (fourth axis) may attend to key j (last axis).
+
+    Returns:
+        bool [M, B, 1, L, L]; M = 2 (lower, upper) or 1.
+    """
     return _pairs(layout.document_ids, kind, window)
 
 
@@ -232,7 +236,7 @@ def _pairs(documents: Tensor, kind: Kind, window: int | None) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, kind: Kind, window: int | None) -> Tensor:
-    """The reference: every score, masked, in one softmax; any dtype up to float64."""
+    """Attend by the reference: every score, masked, in one softmax; any dtype up to float64."""
     outputs = []
     pairs = layout.once(("pairs", kind, window), lambda: allowed_pairs(layout, kind, window))
     parts = [x.transpose(1, 2).chunk(len(pairs), dim=-1) for x in (q, k, v)]

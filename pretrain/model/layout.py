@@ -17,15 +17,15 @@ from pretrain.batch import Batch
 from pretrain.model.rearrange import Rearrangement, rearrange
 from pretrain.model.sequence_parallel import SequenceGroup
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 _SHORT = 64
-"""Documents up to this length share a bucket, whatever their lengths: one more call would cost more than padding."""
+"""Tokens up to which documents share a bucket whatever their lengths: a call more would cost more than padding."""
 
 
 _FULLNESS = 0.75
-"""A document joins a bucket if it is at least this share of the bucket's longest."""
+"""Share of a bucket's longest document that another must have to join it."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Bucket:
     documents: int
     longest: int
     filled: Tensor | None
-    """bool [documents, longest]: holds a token. None: every place does."""
+    """bool [documents, longest]: the place holds a token. None: every place does."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """The batch's documents one by one, right-padded within their bucket."""
+    """Documents of a batch one by one, right-padded within their bucket."""
 
     buckets: list[Bucket]
     forward: Rearrangement
     """Rows, flattened to [B x L], to the places of all buckets."""
     backward: Rearrangement
-    """The same with every document reversed."""
+    """Rearrangement like `forward`, with every document reversed."""
     in_place: bool
-    """The places are the positions: documents of one length fill the rows."""
+    """Whether the places are the positions: documents of one length fill the rows."""
 
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where documents lie in the rows of a batch. B rows, L positions."""
+    """Places of the documents in the rows of a batch. B rows, L positions."""
 
     document_ids: Tensor
     """int64 [B, L]; 0 is padding."""
@@ -63,15 +63,15 @@ class AttentionLayout:
     """int64 [B, L]: the index in the row of the mirror image of a position inside its document; itself in padding.
     It is its own inverse."""
     document_starts: tuple[int, ...]
-    """Of every document of the batch in order, the index of its first position in the flattened rows [B x L]."""
+    """Index of each document's first position in the flattened rows [B x L], for all of the batch in order."""
     document_lengths: tuple[int, ...]
-    """Of the same documents."""
+    """Tokens of the same documents."""
     one_document_per_row: bool
-    """Every row is one document from column 0, then padding."""
+    """Whether every row is one document from column 0, then padding."""
     padded: bool
-    """There is padding somewhere."""
+    """Whether there is padding anywhere."""
     shared_by: SequenceGroup | None = field(default=None, compare=False)
-    """The ranks that each hold a part of the rows; the layout is that of whole rows. None: this rank has all."""
+    """Ranks that each hold some positions of the rows; the layout is that of whole rows. None: this rank has all."""
     _built: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -109,7 +109,7 @@ class AttentionLayout:
         )
 
     def to(self, device: torch.device) -> "AttentionLayout":
-        """The same layout on `device`."""
+        """Return the same layout on `device`."""
         return replace(
             self,
             document_ids=self.document_ids.to(device, non_blocking=True),
@@ -119,34 +119,34 @@ class AttentionLayout:
         )
 
     def over(self, ranks: SequenceGroup) -> "AttentionLayout":
-        """The same layout for rows that are spread over some ranks."""
+        """Return the same layout for rows that are spread over some ranks."""
         return replace(self, shared_by=ranks, _built={})
 
     def own(self, x: Tensor) -> Tensor:
-        """What this rank holds of a tensor over whole rows, [B, L, ...] -> [B, L or L/S, ...]."""
+        """Return what this rank holds of a tensor over whole rows, [B, L, ...] -> [B, L or L/S, ...]."""
         return x if self.shared_by is None else self.shared_by.own(x)
 
-    def once(self, key: Any, build: Callable[[], T]) -> T:
-        """What `build` returns, built at the first call with `key` and kept for all layers."""
+    def once(self, key: Any, build: Callable[[], _T]) -> _T:
+        """Return what `build` returns, built at the first call with `key` and kept for all layers."""
         if key not in self._built:
             self._built[key] = build()
         return self._built[key]
 
     @property
     def device(self) -> torch.device:
-        """Where the layout's tensors are."""
+        """Device of the layout's tensors."""
         return self.document_ids.device
 
     @cached_property
     def mirrored(self) -> Rearrangement:
-        """Every document reversed in its own place, over the flattened rows."""
+        """Rearrangement of the flattened rows that reverses every document in its own place."""
         rows, length = self.reversal.shape
         flat = (self.reversal + torch.arange(rows, device=self.device)[:, None] * length).flatten()
         return Rearrangement(flat, flat)
 
     @cached_property
     def tokens(self) -> tuple[Rearrangement, Rearrangement]:
-        """Flattened rows to tokens [T] without padding, in order and with every document reversed."""
+        """Rearrangements of flattened rows to tokens [T] without padding: in order, and with documents reversed."""
         positions, numbers = self._positions_of_tokens
         count = len(positions)
         starts = torch.cumsum(self._lengths, 0) - self._lengths
@@ -158,7 +158,7 @@ class AttentionLayout:
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """int32 [N + 1]: where each document begins among the tokens, and their number."""
+        """Index of each document's first token among the tokens, and their number; int32 [N + 1]."""
         return torch.nn.functional.pad(self._lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
 
     @property
@@ -168,13 +168,13 @@ class AttentionLayout:
 
     @cached_property
     def first_positions(self) -> Tensor:
-        """int64 [B x L]: the flat index of the first position of a position's document; its own in padding."""
+        """Flat index of the first position of a position's document, its own in padding; int64 [B x L]."""
         own = torch.arange(self.document_ids.numel(), device=self.device)
         return torch.where(self.document_ids.flatten() != 0, own - self.position_ids.flatten(), own)
 
     @cached_property
     def unpacked(self) -> Unpacked:
-        """Documents gathered into a few rectangles, so that padding is bounded however their lengths differ.
+        """Documents, gathered into a few rectangles, so that padding is bounded however their lengths differ.
 
         Sorted by length, a document starts a new bucket if it is shorter than 3/4 of the longest in the current one:
         at least 3/4 of the places are filled but among the shortest documents, in O(log(longest / shortest)) calls.
@@ -208,12 +208,12 @@ class AttentionLayout:
 
     @cached_property
     def _lengths(self) -> Tensor:
-        """int64 [N] on the CPU."""
+        """Tokens of each document, int64 [N] on the CPU."""
         return torch.tensor(self.document_lengths, dtype=torch.int64)
 
     @cached_property
     def _positions_of_tokens(self) -> tuple[Tensor, Tensor]:
-        """Of every token, its flat position and the number of its document; int64 [T] on the CPU."""
+        """Flat position of every token and number of its document; int64 [T] on the CPU."""
         lengths = self._lengths
         numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         first_token = torch.cumsum(lengths, 0) - lengths

@@ -1,4 +1,4 @@
-"""Moving positions about: a rearrangement and its inverse, as one differentiable gather each way.
+"""Rearrangement of positions and its inverse, as one differentiable gather each way.
 
 Autograd's own backward of a gather adds into zeros, position by position. Here every position has at most one place
 to go, so the backward pass is a gather as well. What is moved, and why, is the layout's business.
@@ -25,16 +25,16 @@ class Rearrangement:
     """int64: positions that go nowhere. None: there are none."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """[N, ...] -> [S, ...], zero in holes."""
+        """Move [N, ...] -> [S, ...], zero in holes."""
         return _Gather.apply(x, self)
 
     @property
     def inverted(self) -> "Rearrangement":
-        """Places back to positions."""
+        """Rearrangement of places back to positions."""
         return Rearrangement(self.inverse, self.index, self.dropped, self.holes)
 
     def to(self, device: torch.device) -> "Rearrangement":
-        """The same on `device`."""
+        """Return the same on `device`."""
         parts = (self.index, self.inverse, self.holes, self.dropped)
         return Rearrangement(*(t if t is None else t.to(device, non_blocking=True) for t in parts))  # type: ignore[arg-type]
 
@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
 
 
 def rearrange(source: Tensor, places: Tensor, num_positions: int, num_places: int) -> Rearrangement:
-    """The rearrangement that sends position `source[t]` to place `places[t]`, both int64 [T] without repetition."""
+    """Return what sends position `source[t]` to place `places[t]`, both int64 [T] without repetition."""
     index, inverse = torch.zeros(num_places, dtype=torch.int64), torch.zeros(num_positions, dtype=torch.int64)
     index[places], inverse[source] = source, places
 

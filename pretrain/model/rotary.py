@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """How to read rows longer than those trained on.
+    """Way to read rows longer than those trained on.
 
     `interpolation`: positions divided by the factor (Chen et al., arXiv 2306.15595).
     `ntk`: the base raised so that the lowest frequency is divided by the factor and the highest stays ("NTK-aware
@@ -44,7 +44,7 @@ class RotaryScaling:
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """theta^(-2i/dim) for i = 0 .. dim/2 - 1, float32 [dim/2], in radians per position."""
+    """Return theta^(-2i/dim) for i = 0 .. dim/2 - 1, float32 [dim/2], in radians per position."""
     if dim % 2:
         raise ValueError(f"rotary embedding rotates pairs of dimensions, but the (sub-)head is {dim} wide")
     return theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
@@ -53,7 +53,7 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device | None = Non
 def scaled_frequencies(
     dim: int, theta: float, scaling: RotaryScaling, length: int, device: torch.device | None = None
 ) -> Tensor:
-    """`rotary_frequencies` under a scaling, for rows of `length` positions; float32 [dim/2]."""
+    """Return `rotary_frequencies` under a scaling, for rows of `length` positions; float32 [dim/2]."""
     factor, frequencies = scaling.factor, rotary_frequencies(dim, theta, device)
     if scaling.kind == "interpolation":
         return frequencies / factor
@@ -69,12 +69,12 @@ def scaled_frequencies(
 
 
 def attention_sharpness(scaling: RotaryScaling | None) -> float:
-    """What rotated q and k are each multiplied by: YaRN's sqrt(1/t), else 1."""
+    """Return what rotated q and k are each multiplied by: YaRN's sqrt(1/t), else 1."""
     return 0.1 * math.log(scaling.factor) + 1 if scaling is not None and scaling.kind == "yarn" else 1.0
 
 
 def rotary_table(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, times `scale`.
+    """Return cosines and sines, times `scale`.
 
     Args:
         position_ids: int64 [B, L] or [1, L].
@@ -100,7 +100,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Three passes over memory each way, where autograd of the formula needs seven forward and as many backward."""
+    """Rotation in three passes over memory each way, where autograd of the formula needs seven."""
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,17 +18,17 @@ from pretrain.batch import Batch
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The ranks that share their rows, seen from one of them."""
+    """Ranks that share their rows, seen from one of them."""
 
     group: dist.ProcessGroup
     size: int
-    """S."""
+    """Number of ranks, S."""
     index: int
-    """Of this rank, from 0: it holds the positions [index x L/S, (index + 1) x L/S)."""
+    """Number of this rank in the group, from 0: it holds the positions [index x L/S, (index + 1) x L/S)."""
 
     @classmethod
     def join(cls, size: int, timeout: timedelta) -> "SequenceGroup | None":
-        """This rank's group: `size` neighbours, the ranks 0 to size - 1 the first. None if `size` is 1; collective.
+        """Form groups of `size` neighbouring ranks and return that of this rank, None if `size` is 1; collective.
 
         Its collectives fail when they take longer than `timeout`.
         """
@@ -39,21 +39,21 @@ class SequenceGroup:
         return cls(group, size, dist.get_rank(group))
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's positions: [B, L, ...] -> a view, [B, L/S, ...]; S must divide L."""
+        """Return this rank's positions: [B, L, ...] -> a view, [B, L/S, ...]; S must divide L."""
         return x.unflatten(1, (self.size, -1))[:, self.index]
 
     def own_positions(self, batch: Batch) -> Batch:
-        """This rank's positions of every row."""
+        """Return this rank's positions of every row."""
         fields = (batch.input_ids, batch.labels, batch.document_ids, batch.position_ids)
         return Batch(*(self.own(field) for field in fields))
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """Some positions of all heads -> all positions of some heads: [B, L/S, n, d] -> [B, L, n/S, d]; collective."""
+        """Exchange some positions of all heads for all of some heads: [B, L/S, n, d] -> [B, L, n/S, d]; collective."""
         parts = x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)
         return _Exchange.apply(parts, self.group).movedim(0, 1).flatten(1, 2)
 
     def to_positions(self, x: Tensor) -> Tensor:
-        """The inverse of `to_heads`: [B, L, n/S, d] -> [B, L/S, n, d]; collective."""
+        """Undo `to_heads`: [B, L, n/S, d] -> [B, L/S, n, d]; collective."""
         parts = x.unflatten(1, (self.size, -1)).movedim(1, 0)
         return _Exchange.apply(parts, self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 

@@ -1,6 +1,6 @@
-"""What an encoder is made of: parameters by group, heads, layers. Counted from the real module on the meta device.
+"""Summary of an encoder: parameters by group, heads, layers, counted from the real module on the meta device.
 
-Nothing is allocated, so a model of any size is summarized in an instant. FLOPs are in `pretrain/training/flops.py`.
+Nothing is allocated, so a model of any size is summarized in an instant. FLOPs are not counted here.
 """
 
 from dataclasses import dataclass, replace
@@ -11,12 +11,12 @@ from pretrain.config.model import LayerConfig, ModelConfig
 from pretrain.model.encoder import MaskedLanguageModel
 
 GROUPS = ("embedding", "attention", "feed-forward", "norms", "head", "other")
-"""In the order of a forward pass; `other` holds what is none of these, and is there only where it is not empty."""
+"""Groups in the order of a forward pass; `other` is what is none of these, and is left out where it is empty."""
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """The parameters of one kind of component."""
+    """Parameters of one kind of component."""
 
     name: str
     tensors: int
@@ -25,13 +25,13 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Heads:
-    """How attention divides the hidden width."""
+    """Division of the hidden width by attention."""
 
     logical: int
     width: int
-    """Of a logical head."""
+    """Width of a logical head."""
     sub_heads: int
-    """What has a softmax of its own: two per logical head under dual-triangle attention, else the head itself."""
+    """Number of softmaxes: two per logical head under dual-triangle attention, else the head itself."""
     sub_head_width: int
     triangles: tuple[tuple[str, str], ...]
     """Name and reach of each sub-head of a logical head, in the order of its dimensions."""
@@ -42,9 +42,9 @@ class Layers:
     """Consecutive layers that are alike."""
 
     first: int
-    """Counted from 1."""
+    """Number of the first layer, from 1."""
     last: int
-    """Included."""
+    """Number of the last layer, which is one of them."""
     span: str
     positions: str
 
@@ -56,18 +56,18 @@ class ModelSummary:
     vocab_size: int
     groups: list[ParameterGroup]
     tied: bool
-    """The head is the embedding matrix, which is counted once, there."""
+    """Whether the head is the embedding matrix, which is counted once, there."""
     heads: Heads
     layers: list[Layers]
 
     @property
     def parameters(self) -> int:
-        """Of all groups."""
+        """Parameters of all groups."""
         return sum(group.parameters for group in self.groups)
 
 
 def summarize(config: ModelConfig, vocab_size: int) -> ModelSummary:
-    """Build the module without its weights and look at it."""
+    """Build the module without its weights and count what is in it."""
     with torch.device("meta"):
         model = MaskedLanguageModel(config, vocab_size)
     sizes: dict[str, list[int]] = {group: [] for group in GROUPS}
@@ -83,7 +83,7 @@ def summarize(config: ModelConfig, vocab_size: int) -> ModelSummary:
 
 
 def group_of(parameter: str) -> str:
-    """The group of a parameter, by its dotted name."""
+    """Return the group of a parameter, by its dotted name."""
     parts = parameter.split(".")
     if any("norm" in part for part in parts):
         return "norms"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pretrain.batch import Batch
-from pretrain.model.attention import attention, reverse
+from pretrain.model.attention import attention
+from pretrain.model.kernels import reverse
 from pretrain.model.layout import AttentionLayout
 from tests.model.rows import KINDS, layout_of, random_qkv, values_and_gradients
 

@@ -22,7 +22,7 @@ class ShardAccess:
 
     @classmethod
     def of_run(cls, config: RunConfig, manifest: Manifest) -> "ShardAccess":
-        """As the run's config says."""
+        """Return the access that the run's config asks for."""
         cache, data = config.data.cache or default_cache(), config.data
         remote = None
         if config.corpus.url:
@@ -31,7 +31,7 @@ class ShardAccess:
         return cls(VerifiedShards(cache), data.on_corrupt, remote)
 
     def open(self, corpus: Path, entry: ShardEntry, token_dtype: str) -> Shard:
-        """A verified shard; one that was fetched and is damaged is fetched once more.
+        """Return a verified shard; one that was fetched and is damaged is fetched once more.
 
         Raises:
             DamagedShardError: it is not what the manifest says, here or at the other side.
@@ -50,6 +50,6 @@ class ShardAccess:
             raise DamagedShardError(f"{error}. With data.on_corrupt=skip the run goes on without it") from error
 
     def fetch_ahead(self, corpus: Path, entry: ShardEntry) -> None:
-        """Have it fetched in the background, if it lies elsewhere."""
+        """Begin to fetch a shard in the background, if it lies elsewhere."""
         if self.remote is not None and not (corpus / entry.path).is_file():
             self.remote.fetch_ahead(entry)

@@ -24,11 +24,11 @@ class RemoteShards:
         self._url, self._rule, self._limit = url.rstrip("/"), rule, limit_bytes
         self._cache = folder / "shards"
         self.folder = self._cache / fingerprint[:16]
-        """Where the shards lie, under the same relative paths as in the corpus."""
+        """Folder in which the shards lie, under the same relative paths as in the corpus."""
         self._ahead: queue.SimpleQueue[ShardEntry] | None = None
 
     def ensure(self, entry: ShardEntry, again: bool = False) -> Path:
-        """Fetch a shard and its index if they are not there (or `again`); gives `folder`.
+        """Fetch a shard and its index if they are not there (or `again`); return `folder`.
 
         Raises:
             NotThereError: the remote side has no such shard, or a damaged one.
@@ -47,7 +47,7 @@ class RemoteShards:
         return self.folder
 
     def fetch_ahead(self, entry: ShardEntry) -> None:
-        """Fetch it in the background; a failure is left to `ensure`."""
+        """Fetch a shard in the background; a failure is left to `ensure`."""
         if (self.folder / entry.path).is_file():
             return
         if self._ahead is None:
@@ -85,7 +85,7 @@ class RemoteShards:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Exclusive among all threads and processes of the node; released however its holder ends."""
+    """Exclude all other threads and processes of the node; released however its holder ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -93,7 +93,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def fetch_description(url: str, corpus: Path) -> None:
-    """Manifest, tokenizer and token counts of a remote corpus, the manifest last.
+    """Fetch manifest, tokenizer and token counts of a remote corpus, the manifest last.
 
     Raises:
         UserError: there is no corpus at `url`, or it cannot be reached.

@@ -1,4 +1,4 @@
-"""Which shards this node has checked already, so that a digest is computed once and not at every resume.
+"""Memory of which shards this node has checked already, so that a digest is computed once and not at every resume.
 
 A marker is an empty file whose name is a digest of everything that tells one state of a file from another: host,
 path, device, inode, size, times of modification and of change, and the sha256 that was expected. If any of them
@@ -15,14 +15,14 @@ from pretrain.data.shards.shard import verify_shard
 
 
 class VerifiedShards:
-    """Checks shards against their manifest, each state of a file once."""
+    """Check of shards against their manifest, once for each state of a file."""
 
     def __init__(self, cache: Path | None) -> None:
         """`cache` is a folder of this node; None, or one that cannot be written, remembers nothing."""
         self._folder = cache and cache / "verified"
 
     def problem(self, corpus: Path, entry: ShardEntry) -> str | None:
-        """What `verify_shard` says."""
+        """Return what `verify_shard` says, or said of the same state of the files."""
         marker = self._marker(corpus, entry)
         if marker is not None and marker.exists():
             return None

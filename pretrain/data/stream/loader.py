@@ -1,4 +1,7 @@
-"""Rows -> the part of each optimizer step that one rank puts through the model, with the state to resume after it."""
+"""Rows -> batches: what one rank puts through the model in each step, with the state to resume after it.
+
+The order of rows and their masks are decided elsewhere; here are blocks of steps and the processes that make them.
+"""
 
 import atexit
 import multiprocessing
@@ -18,41 +21,42 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.parallel import DataRank
 from pretrain.config.run import RunConfig
+from pretrain.data.arrays import Float64
 from pretrain.data.counter_random import Namespace, bits
 from pretrain.data.manifest import TOKENIZER, Manifest
 from pretrain.data.shards.access import ShardAccess
-from pretrain.data.stream.masking import MaskingRule, Rates, mask_in_place, rate_at
+from pretrain.data.stream.masking import MaskingRule, mask_in_place, rate_at
 from pretrain.data.stream.packing import PackingRule
 from pretrain.data.stream.reader import RowSource, StreamReader, Taken
-from pretrain.data.stream.rows import STRIP_POSITIONS, Rows
+from pretrain.data.stream.rows import STRIP_POSITIONS, UnmaskedRows
 from pretrain.data.stream.state import ORDER, StreamState
 from pretrain.data.tokenizer import PAD, Tokenizer
 from pretrain.errors import UserError
 
 _BLOCK_POSITIONS = 2**18
-"""Of this rank, made at a time: enough that numpy's arrays are long, little enough that they stay near the core."""
+"""Positions that a rank makes at a time: arrays are long enough for numpy, and short enough to stay near the core."""
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """One rank's rows of one optimizer step, and where the stream stands after them."""
+    """Rows of one rank in one optimizer step, and where the stream stands after them."""
 
     batch: Batch
     state: StreamState
 
     def pin_memory(self) -> "StepRows":
-        """What the loader calls where there is a GPU."""
+        """Return the same in page-locked memory; torch's loader calls it where there is a GPU."""
         return StepRows(self.batch.pin_memory(), self.state)
 
 
 def masking_rule(config: RunConfig) -> MaskingRule:
-    """The run's corruption of rows, over the corpus' vocabulary."""
+    """Return how the run corrupts rows, over the corpus' vocabulary."""
     tokenizer = Tokenizer(config.corpus.path / TOKENIZER)
     return MaskingRule.from_tokenizer(tokenizer, config.data)
 
 
 def packing_rule(config: RunConfig, manifest: Manifest) -> PackingRule:
-    """How the run puts documents into rows.
+    """Return how the run puts documents into rows.
 
     Raises:
         UserError: a weight for a source that the corpus does not have.
@@ -73,9 +77,9 @@ def read_batch(
     shape: tuple[int, int],
     rule: MaskingRule,
     key: tuple[int, Namespace],
-    rates: Rates,
+    rates: Float64,
 ) -> Batch:
-    """Rows that were taken, masked; rows of padding after them, up to `shape`.
+    """Read rows that were taken and mask them; rows of padding come after them, up to `shape`.
 
     A row's mask depends on seed and namespace (`key`), its global number and its rate alone. `rates` is
     float64 [rows taken].
@@ -86,17 +90,17 @@ def read_batch(
     fields[:, rows:] = PAD
     labels[rows:] = IGNORED
     if rows:
-        reader.read(taken, Rows(input_ids[:rows], document_ids[:rows], position_ids[:rows]))
+        reader.read(taken, UnmaskedRows(input_ids[:rows], document_ids[:rows], position_ids[:rows]))
     row_keys = bits(*key, taken.numbers)
     strip = max(1, 2 * STRIP_POSITIONS // shape[1])
     for first in range(0, rows, strip):
-        part = slice(first, min(first + strip, rows))
-        mask_in_place(input_ids[part], labels[part], row_keys[part], rule, rates[part])
+        at = slice(first, min(first + strip, rows))
+        mask_in_place(input_ids[at], labels[at], row_keys[at], rule, rates[at])
     return Batch(*map(torch.from_numpy, fields))
 
 
 class _TrainingSteps(IterableDataset[StepRows | UserError]):
-    """Steps one after another. Worker w of n makes the steps w, w + n, ... and only counts the rows between.
+    """Endless steps of one rank. Worker w of n makes the steps w, w + n, ... and only counts the rows between.
 
     An error that is an answer is the last thing that a worker gives: torch would raise it with a traceback in it.
     """
@@ -123,7 +127,7 @@ class _TrainingSteps(IterableDataset[StepRows | UserError]):
             yield from self._block(reader, steps, worker, num_workers)
 
     def _block(self, reader: StreamReader, steps: int, worker: int, num_workers: int) -> list[StepRows]:
-        """The next steps of this worker, made together."""
+        """Make the next steps of this worker together."""
         data, training = self._config.data, self._config.training
         step_positions = training.batch_size * data.sequence_length
         taken, states = reader.take_steps(training.batch_size, steps * num_workers)
@@ -140,7 +144,7 @@ class _TrainingSteps(IterableDataset[StepRows | UserError]):
 
 
 def _begin_worker(_: int) -> None:
-    """Workers live as long as their rank; a signal to all processes must not end them before it has saved.
+    """Keep a worker alive as long as its rank: a signal to all processes must not end it before the rank has saved.
 
     What a worker cannot hand over, Python would print and drop, and the rank would wait for it for ever.
     """
@@ -152,7 +156,7 @@ def _begin_worker(_: int) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """Python waits at its end for workers that it has asked by SIGTERM, which they ignore."""
+    """End workers with their rank: Python asks them by SIGTERM, which they ignore, and waits."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -164,7 +168,7 @@ def _end_worker(error: Exception, _: object) -> None:
 
 
 def _shared_memory() -> str:
-    """How much there is, and what to do about it."""
+    """Say how much there is, and what to do about it."""
     try:
         disk = shutil.disk_usage("/dev/shm")
     except OSError:
@@ -177,7 +181,7 @@ def _shared_memory() -> str:
 
 
 def _explained(steps: Iterator[StepRows | UserError]) -> Iterator[StepRows | UserError]:
-    """The same, with an answer to a worker that died."""
+    """Yield the same steps; a worker that died is answered."""
     try:
         yield from steps
     except RuntimeError as error:
@@ -191,9 +195,9 @@ def _explained(steps: Iterator[StepRows | UserError]) -> Iterator[StepRows | Use
 def training_steps(
     config: RunConfig, manifest: Manifest, state: StreamState, data_rank: DataRank
 ) -> Iterator[StepRows]:
-    """This rank's steps after `state`, without end; the same rows and masks for any number of ranks and workers.
+    """Yield the rank's steps after `state`, without end, in the phase that `state` is in.
 
-    They are those of the phase that `state` is in.
+    Rows and masks are the same for any number of ranks and workers.
 
     Raises:
         UserError: the corpus has fewer training shards than the run has streams; `state` is of a version of Diptych
@@ -233,7 +237,7 @@ def training_steps(
 
 
 def _in_one_order(steps: Iterator[StepRows | UserError], state: StreamState) -> Iterator[StepRows]:
-    """The same steps, made sure that the workers went the same way.
+    """Yield the same steps, after a look whether all workers went the same way.
 
     Raises:
         UserError: one passed over a damaged shard that another could read, so that their rows are not of one order; or
@@ -258,7 +262,7 @@ def validation_batches(
     rows_per_batch: int,
     on_any_rank: Callable[[bool], bool] = bool,
 ) -> Iterator[Batch]:
-    """This rank's share of the first `training.validation_rows` rows of the validation split, always the same.
+    """Yield the rank's share of the first `training.validation_rows` rows of the validation split, always the same.
 
     Every rank gives equally many batches, so that they can be evaluated together under any sharding; where the rows
     do not suffice, a row of padding stands in. All ranks open all shards, so what is damaged on one node only is left

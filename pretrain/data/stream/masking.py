@@ -13,15 +13,10 @@ import numpy.typing as npt
 
 from pretrain.batch import IGNORED
 from pretrain.config.data import DataConfig
-from pretrain.data.counter_random import UInt64, more_bits
+from pretrain.data.arrays import Flags, Float64, Ints, UInt64
+from pretrain.data.counter_random import more_bits
 from pretrain.data.tokenizer import MASK, Tokenizer
 from pretrain.errors import UserError
-
-Ids = npt.NDArray[np.int64]
-
-
-Rates = npt.NDArray[np.float64]
-
 
 _LOW = np.uint64(2**32 - 1)
 
@@ -33,28 +28,28 @@ class MaskingRule:
     rate: float
     """Probability that a token is to be predicted."""
     mask_token_share: float
-    """Of those, the share that becomes [MASK]."""
+    """Share of those that becomes [MASK]."""
     random_token_share: float
-    """Of those, the share that becomes a random piece."""
-    is_special: npt.NDArray[np.bool_]
+    """Share of those that becomes a random piece."""
+    is_special: Flags
     """bool [vocab_size]: ids that are never selected nor drawn."""
     unit: Literal["token", "span", "whole_word"] = "token"
     """What is selected as one."""
     mean_span_length: float = 3.0
-    """Of `span`: tokens in a row that are selected, on average; at least 1 / (1 - rate)."""
-    begins_word: npt.NDArray[np.bool_] | None = None
+    """Tokens in a row that `span` selects, on average; at least 1 / (1 - rate)."""
+    begins_word: Flags | None = None
     """bool [vocab_size], for `whole_word`: ids that begin a word."""
-    ends_word: npt.NDArray[np.bool_] | None = None
+    ends_word: Flags | None = None
     """bool [vocab_size], for `whole_word`: ids after which a word begins: white space."""
 
     @cached_property
-    def pieces(self) -> Ids:
+    def pieces(self) -> Ints:
         """Ids that may be drawn."""
         return np.flatnonzero(~self.is_special)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, data: DataConfig) -> "MaskingRule":
-        """The rule for a vocabulary.
+        """Return the rule for a vocabulary.
 
         Raises:
             UserError: whole words are wanted, and the vocabulary has none.
@@ -79,8 +74,8 @@ class MaskingRule:
         )
 
 
-def word_boundaries(tokenizer: Tokenizer) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """`begins_word` and `ends_word` of a vocabulary, each bool [vocab_size]."""
+def word_boundaries(tokenizer: Tokenizer) -> tuple[Flags, Flags]:
+    """Return `begins_word` and `ends_word` of a vocabulary, each bool [vocab_size]."""
     pieces = [tokenizer.piece(i).replace("\u2581", " ") for i in range(tokenizer.vocab_size)]
     white = [not piece.strip() or piece in ("<0x09>", "<0x0A>", "<0x0D>", "<0x20>") for piece in pieces]
     begins = [piece[0].isspace() and not blank for piece, blank in zip(pieces, white, strict=True)]
@@ -89,12 +84,12 @@ def word_boundaries(tokenizer: Tokenizer) -> tuple[npt.NDArray[np.bool_], npt.ND
 
 
 def rate_at(positions: int, total: int, first: float, final: float | None) -> float:
-    """The rate of a step before which `positions` of `total` were dealt: linear from `first` to `final`."""
+    """Return the rate of a step before which `positions` of `total` were dealt: linear from `first` to `final`."""
     return first if final is None else first + (final - first) * min(positions / total, 1.0)
 
 
-def mask_rows(ids: Ids, row_keys: UInt64, rule: MaskingRule, rates: Rates | None = None) -> tuple[Ids, Ids]:
-    """`mask_in_place` of a copy.
+def mask_rows(ids: Ints, row_keys: UInt64, rule: MaskingRule, rates: Float64 | None = None) -> tuple[Ints, Ints]:
+    """Do as `mask_in_place` to a copy.
 
     Returns:
         input_ids int64 [B, L], and labels int64 [B, L] with IGNORED where nothing is predicted.
@@ -104,7 +99,7 @@ def mask_rows(ids: Ids, row_keys: UInt64, rule: MaskingRule, rates: Rates | None
     return input_ids, labels
 
 
-def mask_in_place(ids: Ids, labels: Ids, row_keys: UInt64, rule: MaskingRule, rates: Rates | None = None) -> None:
+def mask_in_place(ids: Ints, labels: Ints, row_keys: UInt64, rule: MaskingRule, rates: Float64 | None = None) -> None:
     """Corrupt rows.
 
     Args:
@@ -139,12 +134,12 @@ def mask_in_place(ids: Ids, labels: Ids, row_keys: UInt64, rule: MaskingRule, ra
 
 
 def _of_32_bits(share: npt.ArrayLike) -> UInt64:
-    """What that share of all 32-bit numbers is below."""
+    """Return the number that this share of all 32-bit numbers is below."""
     return np.rint(np.asarray(share) * 2.0**32).astype(np.uint64)
 
 
-def _selected(ids: Ids, random: npt.NDArray[np.uint32], rule: MaskingRule, rates: Rates) -> npt.NDArray[np.bool_]:
-    """bool [B, L]: each position with its probability, in the rule's units; units end at special symbols.
+def _selected(ids: Ints, random: npt.NDArray[np.uint32], rule: MaskingRule, rates: Float64) -> Flags:
+    """Select each position with its probability, bool [B, L], in the rule's units; units end at special symbols.
 
     Special symbols may be among them. `rates` is [B, 1] or [1, 1].
     """

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.arrays import Floats, Ints
+from pretrain.data.arrays import Float64, Ints
 from pretrain.data.counter_random import PlanChoice, order_within, permutation, uniform
 
 
@@ -31,7 +31,7 @@ class Spans:
     """Stretches of documents that are to be put into rows; every field is int64 [spans]."""
 
     samples: Ints
-    """Which document of the shard."""
+    """Number of the document in the shard."""
     starts: Ints
     """First position, in the document with its begin symbol at 0."""
     stops: Ints
@@ -56,20 +56,23 @@ class RowPlan:
 
 
 def whole_documents(document_lengths: Ints, repeats: Ints | None = None) -> Spans:
-    """Every document once, or `repeats` int64 [documents] times; lengths are without begin and end symbols."""
+    """Return every document once, or `repeats` int64 [documents] times; lengths are without begin and end symbols."""
     samples = np.arange(len(document_lengths))
     samples = samples if repeats is None else np.repeat(samples, repeats)
     return Spans(samples, np.zeros(len(samples), dtype=np.int64), document_lengths[samples] + 2)
 
 
-def repeats_of(weights: Floats, epoch: int, *key: int) -> Ints:
-    """How often each document is read in an epoch, int64 [documents]: in e epochs e x weight times, to within one."""
+def repeats_of(weights: Float64, epoch: int, *key: int) -> Ints:
+    """Return how often each document is read in an epoch, int64 [documents].
+
+    In e epochs that is e x weight times, to within one.
+    """
     phase = uniform(*key, np.arange(len(weights)))
     return (np.floor((epoch + 1) * weights + phase) - np.floor(epoch * weights + phase)).astype(np.int64)
 
 
 def remaining_spans(plan: RowPlan, rows: int) -> Spans:
-    """What is left of a plan after its first `rows` rows; neighbouring pieces of a document are joined again."""
+    """Return what is left of a plan after its first `rows` rows; neighbouring pieces of a document are joined again."""
     first = plan.bounds[rows]
     samples, starts = plan.samples[first:], plan.starts[first:]
     stops = starts + plan.lengths[first:]
@@ -200,7 +203,7 @@ def _fill_rows(lengths: list[int], counts: list[int], sequence_length: int) -> l
 
 
 def _in_random_order(plan: RowPlan, *key: int) -> RowPlan:
-    """Rows in a random order, and the pieces inside each as well: neither says anything about lengths."""
+    """Shuffle rows, and the pieces inside each: neither order says anything about lengths."""
     sizes = np.diff(plan.bounds)
     new_place = np.empty(len(plan), dtype=np.int64)
     order = permutation(len(plan), *key, PlanChoice.ROW_ORDER)

@@ -17,15 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from pretrain.config.parallel import SOLE_READER, DataRank
+from pretrain.data.arrays import Flags, Ints
 from pretrain.data.counter_random import Namespace, permutation
 from pretrain.data.manifest import Manifest, ShardEntry, Split
 from pretrain.data.shards.access import ShardAccess
-from pretrain.data.shards.shard import DamagedShardError, Shard
+from pretrain.data.shards.shard import DamagedShardError, Shard, read_index
 from pretrain.data.stream.packing import PackingRule, RowPlan, plan_rows, remaining_spans, repeats_of, whole_documents
-from pretrain.data.stream.rows import Ints, Rows, Visit, read_rows
+from pretrain.data.stream.rows import UnmaskedRows, Visit, read_rows
 from pretrain.data.stream.state import StreamState
 from pretrain.errors import UserError
 from pretrain.files import sha256_of
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class RowSource:
-    """The shards of one split, as visits: which shard comes when, cut and packed into which rows.
+    """Shards of one split, as visits: which shard comes when, cut and packed into which rows.
 
     `rules` are those of the run's phases, up to the one at hand.
     """
@@ -54,7 +54,7 @@ class RowSource:
         if not self._entries:
             raise UserError(f"the corpus at {corpus} has no {split} split; build it with corpus.splits.{split} > 0")
         self._orders: dict[int, Ints] = {}
-        """Of the epochs in which the streams are, by number."""
+        """Order of the shards in the epochs in which the streams are, by number of the epoch."""
         self.left_out: frozenset[int] = frozenset()
         """Visits by number whose shard is damaged somewhere else, and so has no rows here either."""
 
@@ -69,7 +69,7 @@ class RowSource:
         return self._rules[-1].sequence_length
 
     def entry(self, dealt: int) -> ShardEntry:
-        """The shard of visit number `dealt` (over all streams)."""
+        """Return the shard of visit number `dealt` (over all streams)."""
         return self._entries[self._number(dealt)]
 
     def _number(self, dealt: int) -> int:
@@ -80,7 +80,7 @@ class RowSource:
         return int(self._orders[epoch][card])
 
     def open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan]:
-        """The shard of visit number `dealt`, verified, and its rows in order, in the phase at hand.
+        """Return the shard of visit number `dealt`, verified, and its rows in order, in the phase at hand.
 
         `rows` were taken in this visit in each phase so far; by default the visit has just begun.
 
@@ -91,7 +91,7 @@ class RowSource:
         return shard, self._plan(shard.lengths, shard.sources, dealt, rows or [0] * len(self._rules))
 
     def try_open(self, dealt: int, rows: Sequence[int] = ()) -> tuple[Shard, RowPlan] | None:
-        """The same; None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
+        """Do as `open`; return None, with a warning in the log, for a damaged shard under `on_corrupt: skip`."""
         if dealt in self.left_out:
             return None
         try:
@@ -103,11 +103,11 @@ class RowSource:
             return None
 
     def fetch_ahead(self, dealt: int) -> None:
-        """A visit will come soon."""
+        """Begin to fetch the shard of a visit that will come soon."""
         self._shards.fetch_ahead(self._corpus, self.entry(dealt))
 
     def samples_after(self, dealt: int, rows: Sequence[int]) -> int:
-        """Samples of a damaged shard that are not, or not wholly, in the rows that were taken of a visit.
+        """Return how many samples of a damaged shard are not, or not wholly, in the rows that were taken of a visit.
 
         Where the index is lost too, all of them.
         """
@@ -115,19 +115,18 @@ class RowSource:
         path = self._corpus / entry.index_path
         if not any(rows) or not path.is_file() or sha256_of(path) != entry.index_sha256:
             return entry.samples
-        index = np.load(path, allow_pickle=False)
-        sources = index[:, 2] if index.shape[1] > 2 else np.zeros(len(index), dtype=np.int64)
-        plan = self._plan(index[:, 1], sources, dealt, rows)
+        index = read_index(path)
+        plan = self._plan(index[:, 1], index[:, 2], dealt, rows)
         return len(np.unique(plan.samples[plan.bounds[rows[-1]] :]))
 
     def _plan(
         self,
-        lengths: npt.NDArray[np.int64],
-        sources: npt.NDArray[np.int64],
+        lengths: Ints,
+        sources: Ints,
         dealt: int,
         rows: Sequence[int],
     ) -> RowPlan:
-        """The rows of a visit: what earlier phases left of it, by the rule of the phase at hand."""
+        """Return the rows of a visit: what earlier phases left of it, by the rule of the phase at hand."""
         begun = next((phase for phase, taken in enumerate(rows) if taken), len(rows) - 1)
         repeats, weights = None, self._rules[begun].source_weights
         if weights:
@@ -152,35 +151,35 @@ class Taken:
     rows: Ints
     """Numbers of the rows in their visits."""
 
-    def __getitem__(self, chosen: npt.NDArray[np.bool_]) -> "Taken":
-        """Some of them."""
+    def __getitem__(self, chosen: Flags) -> "Taken":
+        """Return some of them."""
         return Taken(self.numbers[chosen], self.visits[chosen], self.rows[chosen])
 
 
 class StreamReader:
-    """The rows of the streams that one rank reads.
+    """Rows of the streams that one rank reads.
 
     `take` moves on and reads no token; `read` gives what was taken. So the workers that share a rank's streams all go
-    the same way, each reads its part, and many rows are read at once.
+    the same way, each reads its own, and many rows are read at once.
     """
 
     def __init__(self, source: RowSource, state: StreamState, data_rank: DataRank = SOLE_READER) -> None:
         assert len(state.visits) % data_rank.count == 0, "the config check lets only divisors of the streams through"
         self.state = state
-        """After the last row that was taken. Entries of other ranks' streams are theirs to report."""
+        """Place after the last row that was taken. Entries of other ranks' streams are theirs to report."""
         self._source, self._data_rank = source, data_rank
         self._streams = len(state.visits)
         self._sizes = np.zeros(self._streams, dtype=np.int64)
         """Rows of the visit at hand; 0 where it is not open yet."""
         self._open: dict[int, Visit] = {}
-        """By number: the visits at hand, and those of which rows were taken since the last `read`."""
+        """Visits at hand, and those of which rows were taken since the last `read`, by number."""
 
     def take(self, count: int) -> Taken:
-        """Move on by `count` global rows; gives those of this rank."""
+        """Move on by `count` global rows; return those of this rank."""
         return self.take_steps(count, 1)[0]
 
     def take_steps(self, count: int, steps: int) -> tuple[Taken, list[StreamState]]:
-        """Move on by `steps` times `count` global rows; gives those of this rank, and the state after each step."""
+        """Move on by `steps` times `count` global rows; return those of this rank, and the state after each step."""
         rank, first, own = self._data_rank, self.state.position, np.array(self._data_rank.streams(self._streams))
         ends = first + count * np.arange(1, steps + 1)
         # Row n of stream s is global row s + n S, so the stream has (g - s - 1) // S + 1 rows below g.
@@ -195,9 +194,9 @@ class StreamReader:
         return Taken(numbers, visits * self._streams + own[at], rows - 1), states
 
     def _states(self, own: Ints, after: Ints, count: int) -> list[StreamState]:
-        """The state after each step of `count` rows, of where the own streams stand then: int64 [3, steps, own]."""
+        """Return the state after each step of `count` rows; `after`, int64 [3, steps, own], are the own streams'."""
         old, steps = self.state, after.shape[1]
-        visits, rows, lost = (np.repeat(part[None], steps, axis=0) for part in (old.visits, old.rows, old.lost))
+        visits, rows, lost = (np.repeat(numbers[None], steps, axis=0) for numbers in (old.visits, old.rows, old.lost))
         visits[:, own], rows[:, own, -1], lost[:, own] = after
         rows[visits != old.visits, :-1] = 0  # Rows of earlier phases are of the visit that was begun in them.
         length = self._source.sequence_length
@@ -207,7 +206,7 @@ class StreamReader:
         ]
 
     def _deal(self, own: Ints, wanted: Ints) -> Ints:
-        """Where streams stand after n = 0, 1, ... `wanted` of their next rows, int64 [3, own, n]: visit, row, lost."""
+        """Return where streams stand after 0 to `wanted` of their next rows, int64 [3, own, n]: visit, row, lost."""
         state = self.state
         table = np.empty((3, len(own), wanted.max() + 1), dtype=np.int64)
         table[0], table[2] = state.visits[own, None], state.lost[own, None]
@@ -218,7 +217,7 @@ class StreamReader:
         return table
 
     def _deal_across_visits(self, stream: int, table: Ints) -> None:
-        """The same for one stream, int64 [3, n], where the visit at hand is not open or ends before the last row.
+        """Fill in the same of one stream, int64 [3, n], whose visit at hand is not open or ends before the last row.
 
         A damaged shard has no rows, on every rank and worker that opens it, now or after a resume: so its stream goes
         on with the next, and no rank waits for another.
@@ -240,7 +239,7 @@ class StreamReader:
                 raise UserError("none of the shards that are left has a row to give; run `diptych data verify`")
 
     def _visit(self, number: int, rows: Sequence[int]) -> Visit | None:
-        """A visit by its number over all streams, of which some rows were taken; None if its shard is damaged."""
+        """Return visit `number` over all streams, of which `rows` were taken; None if its shard is damaged."""
         if number not in self._open:
             opened = self._source.try_open(number, rows)
             if opened is None:
@@ -249,12 +248,12 @@ class StreamReader:
             self._open[number] = Visit(*opened)
         return self._open[number]
 
-    def read(self, taken: Taken, rows: Rows) -> None:
+    def read(self, taken: Taken, rows: UnmaskedRows) -> None:
         """Fill `rows` with rows that were taken since the last `read`, in their order."""
         order = np.argsort(taken.visits, kind="stable")  # Rows of one visit were taken in their order.
         visits, numbers = taken.visits[order], taken.rows[order]
         bounds = [0, *(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]
-        parts = [(self._open[int(visits[a])], numbers[a:b], order[a:b]) for a, b in pairwise(bounds)]
-        read_rows(parts, rows)
+        picks = [(self._open[int(visits[a])], numbers[a:b], order[a:b]) for a, b in pairwise(bounds)]
+        read_rows(picks, rows)
         at_hand = set((self.state.visits * self._streams + np.arange(self._streams)).tolist())
         self._open = {number: visit for number, visit in self._open.items() if number in at_hand}

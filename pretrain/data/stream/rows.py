@@ -2,32 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from pretrain.data.arrays import AnyInts, Ints
 from pretrain.data.shards.shard import Shard
 from pretrain.data.stream.packing import RowPlan
 from pretrain.data.tokenizer import BOS, EOS, PAD
-
-Ints = npt.NDArray[np.int64]
-
 
 _BEGINS, _ENDS = 1, 2
 """Flags of a piece: it has its document's begin symbol, its end symbol."""
 
 
 STRIP_POSITIONS = 2**14
-"""Of what is worked on at a time, so that it stays near the core."""
+"""Positions that are worked on at a time, so that they stay near the core."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows before masking: documents, or pieces of them, then padding. Every field is int64 [rows, L]."""
+class UnmaskedRows:
+    """Documents, or pieces of them, in rows, then padding. Every field is int64 [rows, L]."""
 
     ids: Ints
-    """With begin and end symbols."""
+    """Token ids, begin and end symbols among them."""
     document_ids: Ints
     """1, 2, ... for the documents of a row in order; 0 is padding."""
     position_ids: Ints
@@ -35,7 +31,7 @@ class Rows:
 
 
 class Visit:
-    """An open shard and the rows that one visit makes of it."""
+    """Open shard, and the rows that one visit makes of it."""
 
     def __init__(self, shard: Shard, plan: RowPlan) -> None:
         ends = plan.starts + plan.lengths == shard.lengths[plan.samples] + 2
@@ -44,13 +40,15 @@ class Visit:
         # The symbol before a document's first id has no place in the shard, hence the 1.
         pieces = np.stack((shard.firsts[plan.samples] + plan.starts - 1, plan.lengths, flags))
         dtype = np.int32 if len(shard.ids) < 2**31 else np.int64
-        self._pieces: npt.NDArray[np.integer[Any]] = pieces.astype(dtype)
-        self._bounds: npt.NDArray[np.integer[Any]] = plan.bounds.astype(dtype)
+        self._pieces: AnyInts = pieces.astype(dtype)
+        self._bounds: AnyInts = plan.bounds.astype(dtype)
         self.num_rows = len(plan)
 
-    def pieces_of(self, rows: Ints) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
-        """Pieces of some rows, int [3, P]: place of the first id in `ids_at`, length, flags; and int [rows]: how many
-        pieces each row has.
+    def pieces_of(self, rows: Ints) -> tuple[AnyInts, AnyInts]:
+        """Return the pieces of some rows, and how many pieces each row has.
+
+        Returns:
+            int [3, P]: place of the first id in `ids_at`, length, flags; and int [rows].
         """
         firsts = self._bounds[rows]
         counts = self._bounds[rows + 1] - firsts
@@ -59,24 +57,24 @@ class Visit:
         before = np.cumsum(counts) - counts
         return self._pieces[:, np.repeat(firsts - before, counts) + np.arange(counts.sum())], counts
 
-    def ids_at(self, places: Ints) -> npt.NDArray[np.integer[Any]]:
-        """Ids at some places of the shard; one outside gives any id."""
+    def ids_at(self, places: Ints) -> AnyInts:
+        """Return the ids at some places of the shard; any id for one outside."""
         return self._ids.take(places, mode="clip")
 
 
-def read_rows(parts: Sequence[tuple[Visit, Ints, Ints]], rows: Rows) -> None:
+def read_rows(picks: Sequence[tuple[Visit, Ints, Ints]], rows: UnmaskedRows) -> None:
     """Fill `rows` with rows of several visits.
 
     What is as long as the rows is made a strip at a time: of large arrays, the memory alone costs more than the work.
 
     Args:
-        parts: a visit, the numbers of its rows, rising, and their places in `rows`, none of which is left out.
+        picks: a visit, the numbers of its rows, rising, and their places in `rows`, none of which is left out.
         rows: where to write.
     """
     length = rows.ids.shape[1]
-    segments, per_row = _segments(parts, length)
-    places = np.concatenate([places for _, _, places in parts])
-    _read_ids(parts, segments, per_row, rows.ids)
+    segments, per_row = _segments(picks, length)
+    places = np.concatenate([places for _, _, places in picks])
+    _read_ids(picks, segments, per_row, rows.ids)
 
     segments = segments[:, np.argsort(np.repeat(places, per_row), kind="stable")]
     ends = np.empty_like(per_row)
@@ -85,10 +83,10 @@ def read_rows(parts: Sequence[tuple[Visit, Ints, Ints]], rows: Rows) -> None:
     strip = max(1, STRIP_POSITIONS // length)
     columns = np.arange(strip * length)
     for first in range(0, len(places), strip):
-        part = slice(first, first + strip)
+        at = slice(first, first + strip)
         sizes, numbers, _, flags = segments[:, ends[first] : ends[min(first + strip, len(places))]]
         ids, document_ids, position_ids = (
-            field[part].reshape(-1) for field in (rows.ids, rows.document_ids, rows.position_ids)
+            field[at].reshape(-1) for field in (rows.ids, rows.document_ids, rows.position_ids)
         )
         stops = np.cumsum(sizes)
         begins = stops - sizes
@@ -104,14 +102,14 @@ def read_rows(parts: Sequence[tuple[Visit, Ints, Ints]], rows: Rows) -> None:
         ids[padding], position_ids[padding] = PAD, 0
 
 
-def _segments(parts: Sequence[tuple[Visit, Ints, Ints]], length: int) -> tuple[Ints, Ints]:
-    """Pieces and padding, so that every position of every row is covered, rows in the order of `parts`.
+def _segments(picks: Sequence[tuple[Visit, Ints, Ints]], length: int) -> tuple[Ints, Ints]:
+    """Cover every position of every row by pieces and padding, rows in the order of `picks`.
 
     Returns:
         int64 [4, segments]: size, number of the document in the row (0 for padding), place of the first id, flags; and
         int64 [rows]: segments per row.
     """
-    found = [visit.pieces_of(numbers) for visit, numbers, _ in parts]
+    found = [visit.pieces_of(numbers) for visit, numbers, _ in picks]
     per_row = np.concatenate([counts for _, counts in found])
     sources, sizes, flags = np.concatenate([pieces for pieces, _ in found], axis=1)
     firsts = np.cumsum(per_row) - per_row
@@ -124,15 +122,15 @@ def _segments(parts: Sequence[tuple[Visit, Ints, Ints]], length: int) -> tuple[I
     return segments, per_row + 1
 
 
-def _read_ids(parts: Sequence[tuple[Visit, Ints, Ints]], segments: Ints, per_row: Ints, ids: Ints) -> None:
-    """The ids of all pieces; where there are symbols or padding, something."""
+def _read_ids(picks: Sequence[tuple[Visit, Ints, Ints]], segments: Ints, per_row: Ints, ids: Ints) -> None:
+    """Read the ids of all pieces; what is left where symbols and padding belong, is anything."""
     length = ids.shape[1]
-    columns = np.arange(max(len(numbers) for _, numbers, _ in parts) * length)
+    columns = np.arange(max(len(numbers) for _, numbers, _ in picks) * length)
     sizes = segments[0]
     shifts = segments[2] - (np.cumsum(sizes) - sizes)
     ends = np.concatenate(([0], np.cumsum(per_row))).tolist()
     first = 0
-    for visit, numbers, places in parts:
+    for visit, numbers, places in picks:
         last = first + len(numbers)
         own = slice(ends[first], ends[last])
         at = np.repeat(shifts[own] + first * length, sizes[own])

@@ -19,7 +19,7 @@ from pretrain.data.stream.loader import StepRows, training_steps, validation_bat
 from pretrain.data.stream.masking import MaskingRule, mask_rows
 from pretrain.data.stream.packing import PackingRule, plan_rows, whole_documents
 from pretrain.data.stream.reader import RowSource, StreamReader
-from pretrain.data.stream.rows import Rows, Visit, read_rows
+from pretrain.data.stream.rows import UnmaskedRows, Visit, read_rows
 from pretrain.data.stream.state import StreamState
 from pretrain.data.tokenizer import BOS, EOS, PAD
 from pretrain.errors import UserError
@@ -38,7 +38,7 @@ def rows_of(steps: list[list[StepRows]]) -> list[bytes]:
 
 def ids_of(shard, plan, numbers, length=32):
     """Rows of a plan as (ids, documents, positions), each int64 [rows, length]."""
-    rows = Rows(*np.empty((3, len(numbers), length), dtype=np.int64))
+    rows = UnmaskedRows(*np.empty((3, len(numbers), length), dtype=np.int64))
     read_rows([(Visit(shard, plan), np.array(numbers), np.arange(len(numbers)))], rows)
     return rows.ids, rows.document_ids, rows.position_ids
 
@@ -228,7 +228,7 @@ def test_rows_that_are_only_counted_move_the_stream_as_rows_that_are_read_do(mak
     assert counted.take(50).numbers.tolist() == list(range(50))
     for count in (7, 1, 42):
         taken = read.take(count)
-        read.read(taken, Rows(*np.empty((3, count, 32), dtype=np.int64)))
+        read.read(taken, UnmaskedRows(*np.empty((3, count, 32), dtype=np.int64)))
     assert counted.state.to_json() == read.state.to_json()
 
 
@@ -242,7 +242,7 @@ def test_rows_do_not_depend_on_how_many_are_read_at_once_or_in_which_order(make_
     for _ in range(20):
         numbers = [np.sort(random.choice(20, random.integers(1, 20), replace=False)) for _ in opened]
         places = np.split(random.permutation(sum(map(len, numbers))), np.cumsum([len(n) for n in numbers])[:-1])
-        rows = Rows(*np.empty((3, sum(map(len, numbers)), 32), dtype=np.int64))
+        rows = UnmaskedRows(*np.empty((3, sum(map(len, numbers)), 32), dtype=np.int64))
         read_rows([(Visit(*o), n, p) for o, n, p in zip(opened, numbers, places, strict=True)], rows)
         for visit, (of_visit, at) in enumerate(zip(numbers, places, strict=True)):
             for number, place in zip(of_visit, at, strict=True):

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.batch import Batch
 from pretrain.config.model import ModelConfig
-from pretrain.model.attention import allowed_pairs
 from pretrain.model.encoder import MaskedLanguageModel
+from pretrain.model.kernels import allowed_pairs
 from pretrain.model.layout import AttentionLayout
 from pretrain.training.cost.flops import flops_per_token, peak_flops
 
