@@ -15,7 +15,6 @@ from pretrain.model.attention import attention, choose_kernel
 from pretrain.model.flex import block_mask
 from tests.model.rows import KINDS, layout_of, random_qkv, values_and_gradients
 
-CPU_KERNELS = ("sdpa", "flex", "dense")
 WINDOWS = st.none() | st.integers(1, 40)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -54,6 +53,14 @@ def short_rows(request, monkeypatch):
     """Both ways of the sdpa kernel on rows that are short enough to be masked on the CPU."""
     if request.param == "re-indexed":
         monkeypatch.setattr(kernels, "_SHORT_ROW", 0)
+
+
+@pytest.fixture(params=["sdpa masked", "sdpa re-indexed", "flex", "dense"])
+def kernel(request, monkeypatch):
+    """Every kernel of the CPU, sdpa in both of its ways on short rows."""
+    if request.param == "sdpa re-indexed":
+        monkeypatch.setattr(kernels, "_SHORT_ROW", 0)
+    return request.param.split()[0]
 
 
 def assert_equal(ours, reference, atol=1e-11):
@@ -126,8 +133,6 @@ def test_varlen_around_its_flash_attention_equals_dense_on_any_rows(rows, kind, 
     assert_equal(ours, values_and_gradients(inputs, layout, kind, "dense", window))
 
 
-@pytest.mark.usefixtures("short_rows")
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 3])
 def test_no_information_crosses_documents_and_triangles_keep_their_side(kernel, kind, window):
@@ -149,8 +154,7 @@ def test_no_information_crosses_documents_and_triangles_keep_their_side(kernel, 
         assert torch.equal(influence, same & near & side)
 
 
-@pytest.mark.usefixtures("short_rows")
-@pytest.mark.parametrize("kernel", ["sdpa", "dense"])
+@pytest.mark.parametrize("kernel", ["sdpa masked", "sdpa re-indexed", "dense"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 2])
 def test_the_jacobian_between_documents_is_zero(kernel, kind, window):
@@ -167,8 +171,6 @@ def test_the_jacobian_between_documents_is_zero(kernel, kind, window):
         assert between[3:7, 3:7].any()
 
 
-@pytest.mark.usefixtures("short_rows")
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 4])
 def test_packed_rows_give_what_each_document_gives_alone(kernel, kind, window):
@@ -184,8 +186,6 @@ def test_packed_rows_give_what_each_document_gives_alone(kernel, kind, window):
         start += n
 
 
-@pytest.mark.usefixtures("short_rows")
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("rows", [([], []), ([], [4, 2]), ([5], [])])
