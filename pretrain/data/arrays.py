@@ -8,5 +8,5 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 AnyInts = npt.NDArray[np.integer[Any]]
 UInt64 = npt.NDArray[np.uint64]
-Float64 = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

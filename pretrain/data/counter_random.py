@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from pretrain.data.arrays import AnyInts, Float64, Ints, UInt64
+from pretrain.data.arrays import AnyInts, Floats, Ints, UInt64
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -105,7 +105,7 @@ def more_bits(value: UInt64, *key: int | AnyInts) -> UInt64:
     return value
 
 
-def uniform(*key: int | AnyInts) -> Float64:
+def uniform(*key: int | AnyInts) -> Floats:
     """Return a uniform float64 in [0, 1) for each element of the broadcast `key`."""
     return (bits(*key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

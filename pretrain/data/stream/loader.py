@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pretrain.batch import IGNORED, Batch
 from pretrain.config.parallel import DataRank
 from pretrain.config.run import RunConfig
-from pretrain.data.arrays import Float64
+from pretrain.data.arrays import Floats
 from pretrain.data.counter_random import Namespace, bits
 from pretrain.data.manifest import TOKENIZER, Manifest
 from pretrain.data.shards.access import ShardAccess
@@ -77,7 +77,7 @@ def read_batch(
     shape: tuple[int, int],
     rule: MaskingRule,
     key: tuple[int, Namespace],
-    rates: Float64,
+    rates: Floats,
 ) -> Batch:
     """Read rows that were taken and mask them; rows of padding come after them, up to `shape`.
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pretrain.batch import IGNORED
 from pretrain.config.data import DataConfig
-from pretrain.data.arrays import Flags, Float64, Ints, UInt64
+from pretrain.data.arrays import Flags, Floats, Ints, UInt64
 from pretrain.data.counter_random import more_bits
 from pretrain.data.tokenizer import MASK, Tokenizer
 from pretrain.errors import UserError
@@ -88,7 +88,7 @@ def rate_at(positions: int, total: int, first: float, final: float | None) -> fl
     return first if final is None else first + (final - first) * min(positions / total, 1.0)
 
 
-def mask_rows(ids: Ints, row_keys: UInt64, rule: MaskingRule, rates: Float64 | None = None) -> tuple[Ints, Ints]:
+def mask_rows(ids: Ints, row_keys: UInt64, rule: MaskingRule, rates: Floats | None = None) -> tuple[Ints, Ints]:
     """Do as `mask_in_place` to a copy.
 
     Returns:
@@ -99,7 +99,7 @@ def mask_rows(ids: Ints, row_keys: UInt64, rule: MaskingRule, rates: Float64 | N
     return input_ids, labels
 
 
-def mask_in_place(ids: Ints, labels: Ints, row_keys: UInt64, rule: MaskingRule, rates: Float64 | None = None) -> None:
+def mask_in_place(ids: Ints, labels: Ints, row_keys: UInt64, rule: MaskingRule, rates: Floats | None = None) -> None:
     """Corrupt rows.
 
     Args:
@@ -138,7 +138,7 @@ def _of_32_bits(share: npt.ArrayLike) -> UInt64:
     return np.rint(np.asarray(share) * 2.0**32).astype(np.uint64)
 
 
-def _selected(ids: Ints, random: npt.NDArray[np.uint32], rule: MaskingRule, rates: Float64) -> Flags:
+def _selected(ids: Ints, random: npt.NDArray[np.uint32], rule: MaskingRule, rates: Floats) -> Flags:
     """Select each position with its probability, bool [B, L], in the rule's units; units end at special symbols.
 
     Special symbols may be among them. `rates` is [B, 1] or [1, 1].

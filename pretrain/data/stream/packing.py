@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.arrays import Float64, Ints
+from pretrain.data.arrays import Floats, Ints
 from pretrain.data.counter_random import PlanChoice, order_within, permutation, uniform
 
 
@@ -62,7 +62,7 @@ def whole_documents(document_lengths: Ints, repeats: Ints | None = None) -> Span
     return Spans(samples, np.zeros(len(samples), dtype=np.int64), document_lengths[samples] + 2)
 
 
-def repeats_of(weights: Float64, epoch: int, *key: int) -> Ints:
+def repeats_of(weights: Floats, epoch: int, *key: int) -> Ints:
     """Return how often each document is read in an epoch, int64 [documents].
 
     In e epochs that is e x weight times, to within one.
