@@ -5,27 +5,13 @@ import os
 import re
 
 HIDDEN = "***"
-
-
 _NAME = r"token|secret|passw(?:or)?d|pwd|api_?key|access_?key|private_?key"
-
-
 _VARIABLE = re.compile(rf"(?:^|_)(?:{_NAME})(?:_|$)", re.IGNORECASE)
-
-
 _DIRECTORIES = ("PWD", "OLDPWD")
-"""Of the shell: no passwords, whatever their names end in."""
-
-
+"""Variables of the shell that hold no passwords, whatever their names end in."""
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
-
-
 _QUERY = re.compile(rf"(?<=[?&])([\w.-]*(?:{_NAME}|credential|signature|sig|auth)[\w.-]*)=[^&#\s'\"]+", re.IGNORECASE)
-
-
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
-
-
 _SHORTEST = 6
 """A shorter value of a variable is no secret worth hiding, and would blank out ordinary words."""
 
@@ -53,5 +39,5 @@ class RedactingFormatter(logging.Formatter):
     """A log line, its traceback included, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As `logging.Formatter` does it, then redacted."""
+        """Format as `logging.Formatter` does, then redact."""
         return redact(super().format(record))

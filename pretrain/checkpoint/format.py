@@ -17,15 +17,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringC
 from pretrain.data.stream.state import PER_STREAM, StreamState
 
 MANIFEST_FILE, INDEX_FILE, STATE_FILE, LOGITS_FILE = "MANIFEST.json", "index.json", "state.json", "logits.safetensors"
-
-
 FORMAT = 2
-
-
 MAX_JSON_BYTES = 256 * 2**20
 """A larger JSON file is not read: it would not be ours (a thousand ranks' index has about 75 MB)."""
-
-
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that cannot lead out of the folder: it has no separator, and no dot in front."""
 

@@ -22,15 +22,9 @@ from pretrain.model.layout import AttentionLayout
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "autocast": 0.05}
 """Largest allowed difference, as a share of the largest logit: what kernels and devices round differently."""
-
-
 EMBEDDING = "encoder.embedding.weight"
-
-
 POSITIONS, EVERY = 16, 4
 """Length of the one row, and of how many positions one is predicted."""
-
-
 PRECISIONS = ("fp32", "bf16", "autocast")
 """How logits were computed: fp32; bf16 weights and activations; bf16 under autocast over fp32 weights."""
 

@@ -19,8 +19,6 @@ from pretrain.files import fsync_path
 
 CHUNK = 8 * 2**20
 """Bytes that are hashed and written at a time."""
-
-
 FLUSH = 64 * 2**20
 """Bytes of a file after which it begins to be flushed to the disk."""
 

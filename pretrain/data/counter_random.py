@@ -15,8 +15,6 @@ import numpy as np
 from pretrain.data.arrays import AnyInts, Floats, Ints, UInt64
 
 _GOLDEN = 0x9E3779B97F4A7C15
-
-
 _ALL = 2**64 - 1
 
 

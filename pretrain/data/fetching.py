@@ -14,11 +14,7 @@ from pretrain.errors import UserError
 from pretrain.files import atomic_path
 
 log = logging.getLogger(__name__)
-
-
 _CHUNK_BYTES = 2**20
-
-
 _LONGEST_PAUSE_S = 30.0
 
 

@@ -19,20 +19,10 @@ from pretrain.errors import UserError
 from pretrain.files import atomic_path, sha256_of, write_json
 
 MANIFEST = "manifest.json"
-
-
 TOKENIZER = "tokenizer.model"
-
-
 TOKEN_COUNTS = "token_counts.npy"
-
-
 Split = Literal["train", "valid", "test"]
-
-
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-
-
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

@@ -11,11 +11,7 @@ from typing import BinaryIO
 from pretrain.errors import UserError
 
 _BLOCK = 512
-
-
 _LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
-
-
 _LARGEST_EXTENDED_HEADER = 2**16
 
 

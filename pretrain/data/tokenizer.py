@@ -19,30 +19,16 @@ from pretrain.errors import UserError
 from pretrain.files import atomic_path
 
 PAD, UNK, BOS, EOS, MASK = range(5)
-
-
 SPECIAL_PIECES = ("<pad>", "<unk>", "<s>", "</s>", "[MASK]")
 """Pieces with the ids PAD, UNK, BOS, EOS, MASK."""
-
-
 RESIDUES = "ACDEFGHIKLMNPQRSTVWYBZXUO"
 """The 20 amino acids and B, Z, X, U, O, in the order of their ids."""
-
-
 TokenDtype = Literal["uint8", "uint16", "uint32"]
-
-
 _TRAINER_THREADS = 16
 """A constant, not the number of cores: sentencepiece sums expectations per thread, so the model depends on it."""
-
-
 _CHUNK_CHARACTERS = 4096
-
-
 _CHARACTERS_PER_PIECE = 2500
 """Training text per piece of the vocabulary. On Python docstrings three times more shortens the encoding by 0.6 %."""
-
-
 _SPACE = "\u2581"
 """Sentencepiece writes a space as this character, and so cannot tell the character itself from a space."""
 

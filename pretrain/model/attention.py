@@ -22,14 +22,8 @@ from pretrain.model.kernels import TRIANGLES, Kind
 from pretrain.model.layout import AttentionLayout
 
 log = logging.getLogger(__name__)
-
-
 Kernel = Literal["auto", "sdpa", "varlen", "flex", "dense"]
-
-
 _KERNELS = {"sdpa": kernels.sdpa, "varlen": kernels.varlen, "flex": flex, "dense": kernels.dense}
-
-
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 

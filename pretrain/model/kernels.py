@@ -19,23 +19,15 @@ from torch import Tensor
 from pretrain.model.layout import AttentionLayout
 
 Kind = Literal["dual_triangle", "bidirectional", "causal"]
-
-
 Triangle = Literal["past", "future", "both"]
-
-
 TRIANGLES: dict[Kind, tuple[Triangle, ...]] = {
     "dual_triangle": ("past", "future"),
     "bidirectional": ("both",),
     "causal": ("past",),
 }
-
-
 _SHORT_ROW = 256
 """Positions up to which rows are masked rather than re-indexed on the CPU: below two blocks of keys, causal flash
 attention computes all scores anyway."""
-
-
 _SMALLEST_BLOCK = 64
 """Queries in a block where the window is smaller: smaller blocks spend their time in calls."""
 

@@ -18,12 +18,8 @@ from pretrain.model.rearrange import Rearrangement, rearrange
 from pretrain.model.sequence_parallel import SequenceGroup
 
 _T = TypeVar("_T")
-
-
 _SHORT = 64
 """Tokens up to which documents share a bucket whatever their lengths: a call more would cost more than padding."""
-
-
 _FULLNESS = 0.75
 """Share of a bucket's longest document that another must have to join it."""
 

@@ -23,8 +23,6 @@ from pretrain.errors import UserError
 from pretrain.run.folder import RunFolder
 
 BEAT_S = 1.0
-
-
 OBSERVE_S = 5.0
 """How long a lock from another machine is watched for a sign of life; several beats."""
 

@@ -17,8 +17,8 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
     """Make the run folder with its config, or check that the one there holds this run.
 
     Where the config is another than that of the run, it is the next start's, and becomes the run's with the first step
-    that is trained under it. A run that is trained to its end keeps its own; only where it and its corpus lie, and how
-    it is evaluated, is as given.
+    that is trained under it. A run that has not trained yet takes any config. A run that
+    is trained to its end keeps its own; only where it and its corpus lie, and how it is evaluated, is as given.
 
     Returns:
         Lines for the user: what is resumed, what has changed since.
@@ -27,10 +27,11 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
         UserError: the folder holds another run, or the run was trained on another corpus, or on more tokens.
     """
     run = RunFolder.of(config)
-    state, done = run.newest_state(), is_trained(config)
+    state = run.newest_state()
     if not run.is_run and run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"{run} exists and is no run folder (it has no config.yaml); choose another name (name=...)")
-    lines = _changed_since(run, config, state, allow_change) if run.is_run else []
+    begun = run.is_run and (state is not None or bool(run.metrics()))
+    lines = _changed_since(run, config, state, allow_change) if begun else []
     if state is not None:
         if state.fingerprint != manifest.fingerprint and "corpus" not in allow_change:
             raise UserError(
@@ -38,10 +39,11 @@ def open_run_folder(config: RunConfig, manifest: Manifest, allow_change: Collect
                 "restore that corpus, choose another name (name=...), or start its data over with --allow-change corpus"
             )
         lines.insert(0, f"resuming {run} at step {state.step}")
+    done = is_trained(config)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     for leftover in run.path.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    if not run.is_run:
+    if not begun:
         run.write_config(config)
     elif done and state is not None:
         is_same = state.fingerprint == manifest.fingerprint

@@ -5,8 +5,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 KEPT_EVENTS = 100
-
-
 LIVE_STATES = frozenset({"starting", "training", "validating", "saving"})
 
 

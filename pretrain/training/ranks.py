@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
 _PR_SET_PDEATHSIG = 1
 _SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface, by its name."""

@@ -58,12 +58,8 @@ def engine_logits(engine: Engine) -> SavedLogits:
 
 SPARE_BYTES = 64 * 2**20
 """What a save leaves free on the disk, for metrics and logs."""
-
-
 MEETING_TIMEOUT = timedelta(hours=2)
 """How long the ranks that have written wait for the slowest one."""
-
-
 Value = TypeVar("Value")
 
 

@@ -56,11 +56,7 @@ def train_step(
         last = number == len(micro_batches) - 1
         if config.model.dropout:
             torch.manual_seed(dropout_seed(config.seed, step, engine.rank, number))
-        placed = engine.place(micro_batch)
-        with clock.section("forward"):
-            losses, correct = engine.forward(*placed)
-        local = losses.sum()
-        sums += torch.stack((local.detach(), correct.sum()))
+        local = _forward(engine, micro_batch, sums, clock)
         if guard is not None and last:
             loss = _step_loss(sums, totals, clock)
             skipped = guard.objection(loss)
@@ -73,9 +69,18 @@ def train_step(
     if inspection is not None:
         inspection.after_update()
     grad_norm = engine.grad_norm
-    if skipped is None and not math.isfinite(grad_norm):
-        skipped = "its gradient norm is not finite"
+    skipped = skipped or (None if math.isfinite(grad_norm) else "its gradient norm is not finite")
     return StepOutcome(sums, grad_norm, loss, skipped)
+
+
+def _forward(engine: Engine, micro_batch: Batch, sums: Tensor, clock: StepClock) -> Tensor:
+    """Summed loss of a micro-batch, which is added to `sums`, as are its correct predictions."""
+    placed = engine.place(micro_batch)
+    with clock.section("forward"):
+        losses, correct = engine.forward(*placed)
+    loss = losses.sum()
+    sums += torch.stack((loss.detach(), correct.sum()))
+    return loss
 
 
 def _step_loss(sums: Tensor, totals: StepTotals, clock: StepClock) -> float:

@@ -10,6 +10,7 @@ from pretrain.run.opening import open_run_folder
 from tests.ranks import run_on_ranks, train_alone
 
 LEARNING_RATE = 0.0123
+STEP = '{"step": 1, "tokens": 500, "loss": 6.0}\n'
 
 
 def with_rate(config, **training):
@@ -55,6 +56,7 @@ def test_a_changed_config_is_that_of_the_attempt_and_of_the_run_only_after_a_ste
     open_run_folder(config, manifest)
     first = take_attempt(run)
     assert run.config() == config
+    run.metrics_file.write_text(STEP)
     open_run_folder(with_rate(config), manifest)
     second = take_attempt(run)
     assert [rate(attempt.config()) for attempt in (first, second)] == [rate(config), LEARNING_RATE]
@@ -71,6 +73,7 @@ def test_a_changed_config_is_that_of_the_attempt_and_of_the_run_only_after_a_ste
 def test_opening_a_run_as_it_is_takes_a_change_back_that_nothing_was_trained_under(make_config, manifest):
     config = make_config()
     open_run_folder(config, manifest)
+    RunFolder.of(config).metrics_file.write_text(STEP)
     open_run_folder(with_rate(config), manifest)
     open_run_folder(config, manifest)
     assert take_attempt(RunFolder.of(config)).config() == config
@@ -131,3 +134,10 @@ def test_a_start_with_nothing_to_train_leaves_the_record_and_one_that_trains_wri
     assert validated == [status.step, something[1].step]
     assert records[-1]["step"] == something[1].step > status.step
     assert not run.pending_config.exists()
+
+
+def test_a_run_that_has_not_trained_takes_any_config(make_config, manifest):
+    open_run_folder(make_config(data={"mask_rate": 0.1}), manifest)
+    corrected = make_config(data={"mask_rate": 0.3})
+    assert open_run_folder(corrected, manifest) == []
+    assert RunFolder.of(corrected).config().data.mask_rate == 0.3

@@ -57,11 +57,7 @@ from pretrain.errors import UserError
 from pretrain.files import atomic_path, disk_errors, sha256_of, write_json
 
 _BUILD = ".build"
-
-
 _OWN_SHARD = re.compile(r"shard-\d{6}(-\d+)?(\.tar|\.index\.npy)")
-
-
 Inputs = Sequence[Sequence[InputFile]]
 
 

@@ -31,12 +31,8 @@ from pretrain.files import write_text
 RAW_FILES_CHANGED = (
     "the raw files changed while the corpus was being built; run the same command again when they are at rest"
 )
-
-
 _TAR_BLOCK, _TAR_RECORD = 512, 10_240
 """Bytes to a multiple of which tar pads members, and the whole file."""
-
-
 _NPY_HEADER_BYTES = 128
 
 

@@ -24,15 +24,9 @@ from pretrain.errors import UserError
 
 BuildProgress = Callable[[str, int, int, int], None]
 """Function to call with a stage, the bytes of text done, those in all (0 while not known), and the documents done."""
-
-
 REMOVED = 255
 """Index in place of a split's where the document is left out."""
-
-
 _REPORT_EVERY_BYTES = 2**20
-
-
 _OVERHEAD_BYTES = 2560
 """Bytes that a document takes in a shard beside its ids, at most: two tar headers, the .npy header, the .json member
 and their padding."""

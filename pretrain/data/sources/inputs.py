@@ -20,8 +20,6 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-
-
 _PACKED = (".gz", ".zst")
 
 

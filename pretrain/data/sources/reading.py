@@ -22,8 +22,6 @@ from pretrain.data.sources.webdataset import webdataset_records
 from pretrain.errors import UserError
 
 _SKIP_HINT = "(--on-bad skip / corpus.on_bad=skip leaves such records out and counts them)"
-
-
 _RECORDS: dict[Format, Callable[[InputFile, BufferedReader, SourceConfig], Iterator[Record]]] = {
     "text": text_records,
     "jsonl": jsonl_records,

@@ -12,8 +12,6 @@ from pretrain.data.tokenizer import BOS, EOS, PAD
 
 _BEGINS, _ENDS = 1, 2
 """Flags of a piece: it has its document's begin symbol, its end symbol."""
-
-
 STRIP_POSITIONS = 2**14
 """Positions that are worked on at a time, so that they stay near the core."""
 

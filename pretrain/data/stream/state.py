@@ -10,8 +10,6 @@ from pretrain.data.arrays import Ints
 
 ORDER = 2
 """Number of the order of rows and masks that this code makes; to be raised with whatever changes it."""
-
-
 PER_STREAM = ("visits", "rows", "lost")
 """The fields of `StreamState` that hold a number per stream."""
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pretrain.errors import UserError
 
-FORMAT: Literal[2] = 2
+REPORT_FORMAT: Literal[2] = 2
 
 Interval = tuple[float, float]
 """95 %, by bootstrap over documents."""
@@ -211,7 +211,7 @@ class Provenance(ReportEntry):
 class ContextReport(ReportEntry):
     """report.json."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[2] = REPORT_FORMAT
     headline: str
     run: str
     step: int
@@ -274,6 +274,6 @@ def read_report(path: Path) -> ContextReport:
         return ContextReport.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(
-            f"{path} is not a context report of this version (format {FORMAT}: {error.errors()[0]['msg']}); write it "
-            f"again with `diptych evaluate context {path.parents[2]}`"
+            f"{path} is not a context report of this version (format {REPORT_FORMAT}: {error.errors()[0]['msg']}); "
+            f"write it again with `diptych evaluate context {path.parents[2]}`"
         ) from error

@@ -14,8 +14,6 @@ from pretrain.config.run import RunConfig
 from pretrain.training.zero.settings import ZERO_STAGE, Buckets, accumulation_steps, arithmetic, overlaps
 
 FP32 = 4
-
-
 UNSHARDED_BUCKET = 500_000_000
 """Elements that are reduced at once without sharding (DeepSpeed's constant for it)."""
 SUB_GROUP = 1_000_000_000

@@ -24,8 +24,6 @@ class Stopwatch:
 
 SECTIONS = ("data", "forward", "backward", "optimizer", "communication", "saving", "validation")
 """What the time is divided into; what is in none of them is `other`."""
-
-
 ON_DEVICE = ("forward", "backward", "optimizer")
 """What a GPU does while the host runs ahead."""
 

@@ -11,8 +11,6 @@ from pretrain.model.summary import GROUPS, group_of
 from pretrain.training.zero.engine import Engine
 
 QUANTITIES = ("gradient", "weight", "update")
-
-
 SAMPLE = 2**18
 """Elements of what a rank owns of a parameter whose update is looked at: a copy of all might not fit into memory."""
 

@@ -12,8 +12,6 @@ from pretrain.run.folder import RunFolder
 
 VARIABLE = "DIPTYCH_PROFILE"
 """The environment variable by which ranks get the steps, as `N:M`."""
-
-
 MOST_STEPS = 100
 """More make a trace that no viewer opens."""
 

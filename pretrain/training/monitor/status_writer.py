@@ -11,8 +11,6 @@ from pretrain.run.status import Status
 from pretrain.training.monitor.heartbeats import end_of
 
 log = logging.getLogger(__name__)
-
-
 FIGURES = (
     "loss",
     "masked_accuracy",

@@ -36,8 +36,6 @@ from pretrain.training.monitor.heartbeats import (
 from pretrain.training.monitor.places import STARTING
 
 log = logging.getLogger(__name__)
-
-
 ORDERLY_S = 10.0
 """How long the main loop has to end in order (stop request, newer attempt) before the thread ends the rank."""
 

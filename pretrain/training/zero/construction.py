@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -39,10 +40,8 @@ def load_deepspeed(device: torch.device) -> Any:
     from deepspeed.runtime import compiler
 
     # Its own Muon, which no run uses but every engine imports, would load torch's compiler: three seconds.
-    as_it_was, compiler.compile = compiler.compile, lambda: lambda function: function
-    with suppress(ImportError):
+    with suppress(ImportError, AttributeError), patch.object(compiler, "compile", lambda: lambda function: function):
         import deepspeed.runtime.zero.muon.original_muon
-    compiler.compile = as_it_was
     # An all-reduce for inference only: it would be compiled at the first start, and hold shared memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -19,8 +19,6 @@ from torch import Tensor
 from pretrain.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
 IN_MEMORY = {"tmpfs", "ramfs"}
 
 

@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any
 
 OpenSection = Callable[[str], AbstractContextManager[None]]
-
-
 COLLECTIVES = (
     "all_gather",
     "all_gather_base",
