@@ -81,6 +81,6 @@ def test_one_thing_is_changed_at_a_time(tmp_path, monkeypatch, source, changed):
 
 def test_a_room_is_tried_by_the_tests_that_lie_as_it_does():
     assert "tests/data/stream/test_packing.py" in mutate.tests_of(Path("pretrain/data/stream"))
-    assert "tests/launch/slurm/test_submit.py" in mutate.tests_of(Path("launch/slurm"))
+    assert "tests/launch/slurm/test_queueing.py" in mutate.tests_of(Path("launch/slurm"))
     assert "tests/training/test_guards.py" in mutate.tests_of(Path("pretrain/training/guards.py"))
     assert not any("cost" in path for path in mutate.tests_of(Path("pretrain/training/guards.py")))
