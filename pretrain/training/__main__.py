@@ -1,4 +1,7 @@
-"""One rank of a run: `python -m pretrain.training RUN_FOLDER`, with RANK and WORLD_SIZE in the environment."""
+"""One rank of a run: `python -m pretrain.training RUN_FOLDER`, with RANK and WORLD_SIZE in the environment.
+
+What takes long to import is imported after the signal handlers are there: a signal in a rank's first second is kept.
+"""
 
 import faulthandler
 import logging
@@ -9,9 +12,6 @@ from pathlib import Path
 
 from pretrain.errors import EXIT_FAILED, EXIT_RESUME_ME, EXIT_SUPERSEDED, EXIT_WRONG_INPUT, UserError
 from pretrain.redaction import RedactingFormatter, redact
-from pretrain.run.attempt import Attempt, SupersededError
-from pretrain.run.folder import RunFolder
-from pretrain.training.monitor.heartbeats import end_of
 from pretrain.training.ranks import StopRequest, die_with_launcher, end_rank, hold_run, join_ranks
 
 
@@ -25,12 +25,21 @@ def main(run_folder: str) -> int:
     logging.getLogger().handlers[0].setFormatter(RedactingFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return train_rank(Path(run_folder), stop_request)
+
+
+def train_rank(run_folder: Path, stop_request: StopRequest) -> int:
+    """Meet the other ranks and train with them; returns the exit code."""
+    from pretrain.run.attempt import Attempt, SupersededError
+    from pretrain.run.folder import RunFolder
+    from pretrain.training.monitor.heartbeats import end_of
+
     attempt: Attempt | None = None
     try:
         from pretrain.training.monitor.monitor import Monitor
         from pretrain.training.trainer import Trainer
 
-        run = RunFolder(Path(run_folder))
+        run = RunFolder(run_folder)
         ranks = join_ranks(run.next_config().supervision.collective_s)
         with hold_run(run, ranks.rank) as attempt:
             config = attempt.config()

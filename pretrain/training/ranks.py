@@ -1,6 +1,6 @@
 """What a rank does as a process: its signals, its parent, its place among the ranks.
 
-torch is imported late, so that a signal in the first second of a rank already finds its handler.
+What takes long is imported late, so that a signal in the first second of a rank already finds its handler.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pretrain.errors import EXIT_FAILED, UserError
-from pretrain.run.attempt import ATTEMPT_VARIABLE, Attempt, agree_on_attempt
-from pretrain.run.folder import RunFolder
-from pretrain.run.lock import run_lock
 
 if TYPE_CHECKING:
     import torch
+
+    from pretrain.run.attempt import Attempt
+    from pretrain.run.folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -138,7 +138,7 @@ def interface_towards(host: str) -> str | None:
 
 
 @contextmanager
-def hold_run(run: RunFolder, rank: int) -> Iterator[Attempt]:
+def hold_run(run: "RunFolder", rank: int) -> Iterator["Attempt"]:
     """Hold the run: where no launcher of ours has locked it (torchrun, Slurm), rank 0 does, and takes the attempt.
 
     From then on each rank's output goes to the attempt's log in the run folder; what comes before is where the ranks
@@ -147,10 +147,14 @@ def hold_run(run: RunFolder, rank: int) -> Iterator[Attempt]:
     Raises:
         UserError: on every rank, if the run is being trained already.
     """
+    from pretrain.run.attempt import ATTEMPT_VARIABLE, agree_on_attempt
+
     if ATTEMPT_VARIABLE in os.environ:
         yield agree_on_attempt(run)
         return
     import torch.distributed as dist
+
+    from pretrain.run.lock import run_lock
 
     with ExitStack() as held:
         problem: list[str | None] = [None]
