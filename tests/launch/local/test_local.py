@@ -288,3 +288,10 @@ def test_what_the_user_set_is_kept():
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["GLOO_SOCKET_IFNAME"] == "eth0"
     assert "DS_ACCELERATOR" not in environment
+
+
+def test_the_port_of_a_launch_is_none_that_the_system_gives_to_others_before_rank_0_binds_it():
+    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {ranks.free_port() for _ in range(50)}
+    assert max(ports) < lowest_given
+    assert len(ports) > 40
